@@ -1,0 +1,1 @@
+"""Thin adapters to detection frameworks; import the one you need by its path."""

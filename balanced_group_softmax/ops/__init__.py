@@ -1,0 +1,1 @@
+"""The operations, on tensors and plain integers; `dispatch` picks an implementation."""

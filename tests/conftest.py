@@ -1,0 +1,28 @@
+"""Shared fixtures: where the real LVIS facts are, and steady settings for hypothesis and torch."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def lvis_data() -> Path:
+    """The folder with real LVIS facts; skips, with the reason, where it is absent."""
+    named = os.environ.get("BGS_LVIS_DATA")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"real LVIS facts not found at {folder}; set BGS_LVIS_DATA to their folder")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
