@@ -1,0 +1,152 @@
+"""Fair timing of alternatives: interleaved rounds, medians, and a record of the machine.
+
+Every round runs each alternative once, in an order shuffled anew, so that a slow spell of the
+machine falls on all of them alike. The clean-up that a caller does between calls (dropping a
+gradient) is not timed.
+"""
+
+import gc
+import json
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+Call = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall time of one call, in milliseconds."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    minimum: float
+    runs: int
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleave(
+    calls: Mapping[str, Call],
+    *,
+    rounds: int,
+    warmup: int = 3,
+    device: torch.device | None = None,
+    after: Callable[[int], object] | None = None,
+    seed: int = 0,
+    max_seconds: float = float("inf"),
+) -> dict[str, Timing]:
+    """Times every call `rounds` times, in interleaved and shuffled order.
+
+    Args:
+        calls: Name of each alternative -> a function of the round number, which picks the input
+            buffer; every alternative sees the same numbers.
+        rounds: Timed runs of each alternative.
+        warmup: Untimed runs of each alternative before the first timed one.
+        device: Where the work happens; a CUDA device is waited for on both sides of a call.
+        after: Called, untimed, with the round number after every call.
+        seed: Of the shuffles.
+        max_seconds: Stop after the round in which this much time has passed (at least 3 rounds).
+    """
+    where = device or torch.device("cpu")
+    for turn in range(warmup):
+        for call in calls.values():
+            call(turn)
+            if after is not None:
+                after(turn)
+    shuffle = random.Random(seed).shuffle
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    collecting = gc.isenabled()
+    gc.disable()
+    began = time.perf_counter()
+    try:
+        for turn in range(rounds):
+            shuffle(names)
+            for name in names:
+                _synchronize(where)
+                start = time.perf_counter_ns()
+                result = calls[name](turn)
+                _synchronize(where)
+                times[name].append((time.perf_counter_ns() - start) / 1e6)
+                del result
+                if after is not None:
+                    after(turn)
+            if turn >= 2 and time.perf_counter() - began > max_seconds:
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: summarize(values) for name, values in times.items()}
+
+
+def summarize(milliseconds: Sequence[float]) -> Timing:
+    """Median, quartiles and minimum of measured times."""
+    if len(milliseconds) > 1:
+        lower, median, upper = statistics.quantiles(milliseconds, n=4, method="inclusive")
+    else:
+        lower = median = upper = milliseconds[0]
+    return Timing(median, lower, upper, min(milliseconds), len(milliseconds))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def _commit() -> str:
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def environment(device: torch.device | None = None) -> dict[str, str | int]:
+    """What a reader needs in order to judge the figures: machine, versions, commit."""
+    facts: dict[str, str | int] = {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "commit": _commit(),
+    }
+    if device is not None and device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = str(torch.version.cuda)
+    return facts
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; the first column is aligned left, the others right."""
+    ruler = ["---"] + ["---:"] * (len(header) - 1)
+    lines = [header, ruler, *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def write_json(path: Path, record: Mapping[str, object]) -> None:
+    """Writes a record as JSON; dataclasses in it become objects."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2, default=asdict) + "\n")
