@@ -1,0 +1,147 @@
+"""Which rows of "others" count this step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from balanced_group_softmax.layout import GroupLayout
+from balanced_group_softmax.ops import dispatch
+
+
+def sample_others(
+    labels: Tensor,
+    layout: GroupLayout,
+    *,
+    others_ratio: float = 8.0,
+    generator: torch.Generator | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Draw the rows that count in each group.
+
+    Group 0 counts every row. In another group all `n` rows whose category is in it count, and
+    exactly `int(others_ratio * n)` of the other rows, drawn uniformly without replacement and
+    independently for each group; all of them if there are no more than that, none if `n` is 0.
+
+    Args:
+        labels: integers [R] in the layout's label convention.
+        layout: the groups.
+        others_ratio: others for each foreground row of a group; may be infinite.
+        generator: random state on the device of the labels. From the same state
+            `grouped_softmax_loss` draws the same rows.
+        ignore_index: the label of rows that take part in nothing.
+
+    Returns:
+        bool [R, G].
+
+    Raises:
+        TypeError: if the labels are not integers.
+        ValueError: if a label is out of range (checked on the CPU), the labels are not
+            one-dimensional, or the ratio is negative or NaN.
+
+    Source: Li et al., CVPR 2020, section 4.2.
+
+    Example:
+        >>> layout = GroupLayout.from_counts([3, 50, 2000])
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> labels = torch.tensor([0, 0, 0, 0, 0, 1])
+        >>> sample_others(labels, layout, others_ratio=2, generator=generator).sum(dim=0)
+        tensor([6, 3, 0, 0])
+    """
+    check_layout(layout)
+    labels = check_labels(labels, layout, ignore_index)
+    others_ratio = check_others_ratio(others_ratio)
+    return draw(labels, layout, others_ratio, generator, ignore_index, impl="auto")
+
+
+def draw(
+    labels: Tensor,
+    layout: GroupLayout,
+    others_ratio: float,
+    generator: torch.Generator | None,
+    ignore_index: int,
+    impl: str,
+) -> Tensor:
+    """`sample_others` for arguments that have been checked; labels that are no label are ignored.
+
+    The keys are drawn whatever the labels are, so a step moves the random state by R and G alone.
+    """
+    tables = layout.tables(labels.device)
+    num_category_groups = tables.num_groups - tables.first_category_group
+    keys = torch.randint(
+        torch.iinfo(torch.int32).max,
+        (num_category_groups, labels.shape[0]),
+        dtype=torch.int32,
+        device=labels.device,
+        generator=generator,
+    )
+    ops = dispatch.choose(impl, labels.device)
+    active: Tensor = ops.sample_others(
+        labels, keys, tables, others_ratio=others_ratio, ignore_index=ignore_index
+    )
+    return active
+
+
+def check_layout(layout: Any) -> None:
+    """Raise TypeError unless it is a layout."""
+    if not isinstance(layout, GroupLayout):
+        raise TypeError(f"Expected `layout` to be a GroupLayout, got {type(layout).__name__}")
+
+
+def check_others_ratio(others_ratio: float) -> float:
+    """The ratio as a float.
+
+    Raises:
+        TypeError: if it is not a number.
+        ValueError: if it is negative or NaN.
+    """
+    if isinstance(others_ratio, bool) or not isinstance(others_ratio, (int, float)):
+        raise TypeError(
+            f"Expected `others_ratio` to be a number, got {type(others_ratio).__name__}"
+        )
+    if math.isnan(others_ratio) or others_ratio < 0:
+        raise ValueError(
+            f"Expected `others_ratio` to be non-negative (it may be infinite), got {others_ratio}"
+        )
+    return float(others_ratio)
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    """Raise TypeError unless it is an int."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"Expected `ignore_index` to be an int, got {type(ignore_index).__name__}")
+
+
+def check_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tensor:
+    """Labels as int64; values are checked where that costs no wait for a device.
+
+    Raises:
+        TypeError: if they are not a tensor of integers.
+        ValueError: if they are not one-dimensional or, on the CPU, one is out of range.
+    """
+    check_ignore_index(ignore_index)
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"Expected `labels` to be a Tensor, got {type(labels).__name__}")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"Expected `labels` of an integer dtype, got {labels.dtype}")
+    if labels.ndim != 1:
+        raise ValueError(f"Expected `labels` of shape [R], got {list(labels.shape)}")
+    labels = labels.long()
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = find_bad_labels(labels, layout, ignore_index)
+        if bool(bad.any()):
+            row = int(bad.int().argmax())
+            raise ValueError(
+                f"Expected `labels` in [0, {layout.num_labels - 1}] or {ignore_index}, "
+                f"got {int(labels[row])} at row {row}"
+            )
+    return labels
+
+
+def find_bad_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tensor:
+    """Which labels are neither a label of the layout nor `ignore_index`: bool [R]."""
+    outside = (labels < 0) | (labels >= layout.num_labels)
+    return outside & (labels != ignore_index)
