@@ -1,0 +1,391 @@
+"""LVIS and COCO detection data for torchvision models, checked before training starts.
+
+What is wrong with an annotation file or an image folder is said when the data set is made: bad
+references, boxes or masks, names that leave the folder, missing images. What can only be seen when
+an image is decoded raises :class:`ImageError`, whose text is one line, also when it comes from a
+worker process of a loader, so that a training script ends with
+
+    try:
+        for images, targets in loader:
+            ...
+    except ImageError as error:
+        raise SystemExit(f"error: {error}")
+"""
+
+import math
+import os
+import re
+import reprlib
+from collections.abc import Callable, Sequence
+from pathlib import PureWindowsPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from coco_masks import Segment, check_segmentation, draw_mask
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from balanced_group_softmax.counts import Source, read_annotations
+
+Target = dict[str, Any]
+Transform = Callable[[Tensor, Target], tuple[Tensor, Target]]
+
+EXIF_ORIENTATION = 0x0112
+MIN_BOX_SIDE = 1.0  # pixels; the original skips thinner boxes too
+
+
+class ImageError(ValueError):
+    """An image file that cannot be used. Its text is one line: the file, then the reason."""
+
+    def __init__(self, message: str) -> None:
+        # A loader makes the exception of a worker anew, with the worker's whole stack trace as its
+        # message. The last line of that is the text we raised.
+        last = message.strip().rpartition("\n")[2]
+        super().__init__(re.sub(r"^[\w.]*ImageError: ", "", last))
+
+
+class LVISDetection(torch.utils.data.Dataset[tuple[Tensor, Target]]):
+    """Images and boxes of an LVIS (v0.5, v1) or COCO annotation file.
+
+    Item `i` is `(image, target)`: `image` float32 [3, H, W] in [0, 1] and `target` a dict of
+
+    - `boxes` float32 [N, 4], (x1, y1, x2, y2) in pixels, cut to the image;
+    - `labels` int64 [N], 1..C in ascending order of category id (0 is background);
+    - `image_id` int, `area` float32 [N] as annotated, `iscrowd` int64 [N];
+    - `masks` uint8 [N, H, W], with `masks=True`.
+
+    Images without annotations are kept. Crowd annotations are left out unless `crowd=True`, and so
+    are boxes that are thinner than one pixel inside the image; `dropped` counts both. With
+    `transforms`, image and target go through it first, as uint8 and as `torchvision.tv_tensors`.
+
+    An EXIF rotation is applied unless only the stored, unrotated size agrees with the annotation
+    file; an image of any other size is an :class:`ImageError`. All image modes become RGB: palette
+    and CMYK images are converted, greyscale repeated, 16 bits scaled to 8, transparency ignored.
+
+    Random transforms draw from torch's generator: seed with `torch.manual_seed`, and give a loader
+    with workers a seeded `generator`.
+
+    Args:
+        annotations: Path of the annotation file, or its content.
+        images: Folder of the images. Each is looked for by its `file_name`, by the last two parts
+            of its `coco_url` (`train2017/000000000009.jpg`), and by the bare name without a
+            prefix such as `COCO_val2014_`; the first that exists is taken.
+        transforms: Called with image and target, e.g. :func:`make_transforms`.
+        masks: Read the masks as well.
+        crowd: Keep crowd annotations, for evaluation.
+
+    Raises:
+        OSError: The annotation file, the folder or some images are missing.
+        ValueError: The annotation file is not valid, or names an image outside the folder.
+    """
+
+    def __init__(
+        self,
+        annotations: Source,
+        images: str | os.PathLike[str],
+        *,
+        transforms: Transform | None = None,
+        masks: bool = False,
+        crowd: bool = False,
+    ) -> None:
+        data = read_annotations(annotations, complete=True)
+        self.transforms = transforms
+        try:
+            self._read(data, images, masks=masks, crowd=crowd)
+        except ValueError as error:
+            name = annotations if isinstance(annotations, str | os.PathLike) else "annotations"
+            raise ValueError(f"{os.fspath(name)}: {error}") from None
+
+    def _read(
+        self, data: dict[str, Any], images: str | os.PathLike[str], *, masks: bool, crowd: bool
+    ) -> None:
+        self.categories: list[dict[str, Any]] = sorted(data["categories"], key=lambda c: c["id"])
+        self.category_ids: list[int] = [row["id"] for row in self.categories]
+        self.image_ids: list[int] = [row["id"] for row in data["images"]]
+        self.sizes = np.array([image_size(row) for row in data["images"]], np.int64).reshape(-1, 2)
+        self.paths = find_images(data["images"], images)
+
+        index_of = {image_id: i for i, image_id in enumerate(self.image_ids)}
+        label_of = {category_id: i for i, category_id in enumerate(self.category_ids, 1)}
+        rows: list[dict[str, Any]] = list(data["annotations"])
+        image_of = np.array([index_of[row["image_id"]] for row in rows], np.int64)
+        iscrowd = np.array([row.get("iscrowd", 0) for row in rows], np.int64)
+        boxes = read_boxes(rows)
+        area = read_areas(rows, boxes)
+        limit = np.tile(self.sizes[image_of], (1, 2)).astype(np.float64)
+        with np.errstate(over="ignore"):
+            boxes[:, 2:] += boxes[:, :2]
+        boxes = np.clip(boxes, 0, limit).astype(np.float32)
+        degenerate = ((boxes[:, 2:] - boxes[:, :2]) < MIN_BOX_SIDE).any(axis=1)
+        left_out = (iscrowd == 1) & (not crowd)
+        self.dropped: dict[str, int] = {
+            "crowd": int(left_out.sum()),
+            "degenerate": int((degenerate & ~left_out).sum()),
+        }
+
+        # Flat arrays sorted by image: small to send to worker processes, which a million dicts
+        # would not be.
+        keep = np.flatnonzero(~(degenerate | left_out))
+        keep = keep[np.argsort(image_of[keep], kind="stable")]
+        self._starts = np.searchsorted(image_of[keep], np.arange(len(self.image_ids) + 1))
+        self._boxes = torch.from_numpy(boxes[keep])
+        self._labels = torch.tensor([label_of[rows[i]["category_id"]] for i in keep]).long()
+        self._area = torch.from_numpy(area[keep].astype(np.float32))
+        self._iscrowd = torch.from_numpy(iscrowd[keep])
+        self._segments: list[Segment] | None = None
+        if masks:
+            sizes = self.sizes[image_of[keep]].tolist()
+            self._segments = [
+                check_segmentation(rows[i], width, height)
+                for i, (width, height) in zip(keep, sizes, strict=True)
+            ]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self)} images, {len(self._labels)} boxes, "
+            f"{len(self.category_ids)} categories; left out: {self.dropped['crowd']} crowd, "
+            f"{self.dropped['degenerate']} thinner than a pixel)"
+        )
+
+    @property
+    def num_categories(self) -> int:
+        """Number of categories, background not counted."""
+        return len(self.category_ids)
+
+    def labels(self, index: int) -> Tensor:
+        """Return the labels of an image without reading it, e.g. for a sampler."""
+        return self._labels[self._span(index)]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        span = self._span(index)
+        width, height = self.sizes[index].tolist()
+        image: Tensor = tv_tensors.Image(load_image(self.paths[index], width, height))
+        target: Target = {
+            # The clones keep a transform that works in place from changing the data set.
+            "boxes": tv_tensors.BoundingBoxes(
+                self._boxes[span].clone(),
+                format=tv_tensors.BoundingBoxFormat.XYXY,
+                canvas_size=(height, width),
+            ),
+            "labels": self._labels[span].clone(),
+            "image_id": self.image_ids[index],
+            "area": self._area[span].clone(),
+            "iscrowd": self._iscrowd[span].clone(),
+        }
+        if self._segments is not None:
+            masks = [draw_mask(part, width, height) for part in self._segments[span]]
+            stacked = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(stacked))
+        if self.transforms is not None:
+            image, target = self.transforms(image, target)
+        image = v2.functional.to_dtype(image, torch.float32, scale=True)
+        return plain(image), {key: plain(value) for key, value in target.items()}
+
+    def _span(self, index: int) -> slice:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Expected `index` in [0, {len(self)}), got {index}")
+        return slice(int(self._starts[index]), int(self._starts[index + 1]))
+
+
+def plain(value: Any) -> Any:
+    """Return a tensor without its torchvision type; anything else as it is."""
+    return value.as_subclass(Tensor) if isinstance(value, tv_tensors.TVTensor) else value
+
+
+def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    """Return the images and targets of a batch as two lists, as torchvision detectors take them."""
+    images, targets = zip(*batch, strict=True)
+    return list(images), list(targets)
+
+
+def make_transforms(
+    *, flip: float = 0.0, short_side: int | None = None, long_side: int | None = None
+) -> Transform:
+    """Return the usual augmentation: flip with a probability, resize keeping the aspect ratio.
+
+    Args:
+        flip: Probability of a horizontal flip.
+        short_side: Length of the shorter side after resizing; `None` leaves the size alone, since
+            torchvision's detectors resize on their own.
+        long_side: What the longer side may not exceed.
+    """
+    steps: list[torch.nn.Module] = []
+    if flip > 0:
+        steps.append(v2.RandomHorizontalFlip(flip))
+    if short_side is not None:
+        steps.append(v2.Resize(short_side, max_size=long_side, antialias=True))
+    return v2.Compose(steps) if steps else v2.Identity()
+
+
+# --- images -------------------------------------------------------------------------------------
+
+
+def image_size(row: dict[str, Any]) -> tuple[int, int]:
+    """Return (width, height) of an image entry."""
+    size = row.get("width"), row.get("height")
+    for key, value in zip(("width", "height"), size, strict=True):
+        if type(value) is not int or not 0 < value < 2**31:
+            raise ValueError(
+                f"Expected `{key}` of image {row['id']} to be a positive integer, "
+                f"got {reprlib.repr(value)}"
+            )
+    return size  # type: ignore[return-value]
+
+
+def image_names(row: dict[str, Any]) -> list[str]:
+    """Return the names under which an image may lie in its folder, the most likely first."""
+    names = []
+    for key in ("file_name", "coco_url"):
+        value = row.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, str) or not value:
+            raise ValueError(
+                f"Expected `{key}` of image {row['id']} to be text, got {reprlib.repr(value)}"
+            )
+        if key == "coco_url":
+            value = "/".join(urlsplit(value).path.split("/")[-2:])
+        names.append(value)
+    # COCO 2014 put the split into the name, 2017 into the folder; LVIS v0.5 has the former.
+    names += [re.sub(r"^COCO_[a-z]+\d{4}_", "", name.split("/")[-1]) for name in names]
+    names = [name for name in names if name]
+    if not names:
+        raise ValueError(f"Expected `file_name` or `coco_url` in image {row['id']}, got neither")
+    for name in names:
+        windows = PureWindowsPath(name)  # knows both kinds of slashes, and drives
+        if windows.drive or windows.root or ".." in windows.parts or "\0" in name:
+            raise ValueError(
+                f"Expected `file_name` of image {row['id']} to stay in the image folder, "
+                f"got {reprlib.repr(name)}"
+            )
+    return list(dict.fromkeys(names))
+
+
+def find_images(rows: Sequence[dict[str, Any]], folder: str | os.PathLike[str]) -> list[str]:
+    """Return the path of each image, after a look at the folder only; no image is opened."""
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{os.fspath(folder)}: Expected the folder of the images")
+    root = os.path.realpath(folder)
+    real: dict[str, str] = {}  # folder -> where it really is; few folders, many images
+    paths, missing = [], []
+    for row in rows:
+        names = image_names(row)
+        for name in names:
+            path = os.path.join(root, name)
+            if os.path.isfile(path):
+                break
+        else:
+            missing.append(f"{names[0]} (image {row['id']})")
+            continue
+        parent = os.path.dirname(path)
+        if parent not in real:
+            real[parent] = os.path.realpath(parent)
+        where = os.path.realpath(path) if os.path.islink(path) else real[parent]
+        if where != root and not where.startswith(os.path.join(root, "")):
+            raise ValueError(
+                f"Expected `file_name` of image {row['id']} to stay in the image folder {root}, "
+                f"got {name}, a link to {where}"
+            )
+        paths.append(path)
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise FileNotFoundError(
+            f"{root}: {len(missing)} of {len(rows)} images are not there: {shown}"
+        )
+    return paths
+
+
+def load_image(path: str | os.PathLike[str], width: int, height: int) -> Tensor:
+    """Return an image as uint8 [3, height, width]; `width` and `height` are those annotated.
+
+    Raises:
+        ImageError: The file is missing, corrupt, of another size, or larger than
+            `PIL.Image.MAX_IMAGE_PIXELS`, which is looked at before anything is decoded.
+    """
+    name = str(path).replace("\n", "\\n")
+    try:
+        with Image.open(path) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise Image.DecompressionBombError(
+                    f"{image.width} x {image.height} pixels are more than the limit of {limit}"
+                )
+            stored = image.size
+            turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            upright = stored[::-1] if turned else stored
+            if (width, height) not in (stored, upright):
+                raise ImageError(
+                    f"{name}: the image is {upright[0]} x {upright[1]} pixels, "
+                    f"the annotations say {width} x {height}"
+                )
+            if upright == (width, height):
+                image = ImageOps.exif_transpose(image)
+            pixels = to_rgb(image)
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file") from None
+    except Exception as error:  # a corrupt file makes Pillow raise almost anything
+        reason = " ".join(str(error).split()).replace(repr(str(path)), "the file")
+        raise ImageError(f"{name}: {reason or type(error).__name__}") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Return uint8 [H, W, 3]."""
+    if image.mode.startswith("I"):  # 16 bits; converting would cut everything above 255
+        grey = np.asarray(image).astype(np.int64).clip(0, 2**16 - 1) >> 8
+        return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode == "F":
+        raise ValueError("images of floating-point pixels have no defined range")
+    if image.mode == "P":  # through RGBA, or Pillow warns about transparency in the palette
+        image = image.convert("RGBA")
+    return np.array(image.convert("RGB"))
+
+
+# --- boxes and masks ----------------------------------------------------------------------------
+
+
+def read_boxes(rows: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Return `bbox` (x, y, width, height) of annotations, float64 [N, 4]."""
+    try:
+        boxes = np.array([row["bbox"] for row in rows])
+        if boxes.dtype.kind in "iuf" and boxes.shape[1:] == (4,) and np.isfinite(boxes).all():
+            return boxes.astype(np.float64)
+    except (KeyError, ValueError):
+        pass
+    for row in rows:  # something is wrong: find it
+        box = row.get("bbox")
+        if not (isinstance(box, list | tuple) and len(box) == 4 and all(map(is_number, box))):
+            raise ValueError(
+                f"Expected `bbox` of annotation {row['id']} to be 4 finite numbers, "
+                f"got {reprlib.repr(box)}"
+            )
+    return np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
+
+
+def read_areas(rows: Sequence[dict[str, Any]], boxes: np.ndarray) -> np.ndarray:
+    """Return `area` of annotations, float64 [N]; that of the box where none is stated."""
+    area = boxes[:, 2] * boxes[:, 3]
+    for i, row in enumerate(rows):
+        value = row.get("area")
+        if value is None:
+            continue
+        if not is_number(value) or value < 0:
+            raise ValueError(
+                f"Expected `area` of annotation {row['id']} to be a number >= 0, "
+                f"got {reprlib.repr(value)}"
+            )
+        area[i] = value
+    return area
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
