@@ -273,25 +273,23 @@ def find_images(rows: Sequence[dict[str, Any]], folder: str | os.PathLike[str]) 
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{os.fspath(folder)}: Expected the folder of the images")
     root = os.path.realpath(folder)
-    real: dict[str, str] = {}  # folder -> where it really is; few folders, many images
+    folders: dict[str, bool] = {}  # folder -> does it leave; few folders, many images
     paths, missing = [], []
     for row in rows:
         names = image_names(row)
-        for name in names:
-            path = os.path.join(root, name)
-            if os.path.isfile(path):
-                break
-        else:
+        found = (name for name in names if os.path.isfile(os.path.join(root, name)))
+        name = next(found, None)
+        if name is None:
             missing.append(f"{names[0]} (image {row['id']})")
             continue
+        path = os.path.join(root, name)
         parent = os.path.dirname(path)
-        if parent not in real:
-            real[parent] = os.path.realpath(parent)
-        where = os.path.realpath(path) if os.path.islink(path) else real[parent]
-        if where != root and not where.startswith(os.path.join(root, "")):
+        if parent not in folders:
+            folders[parent] = leaves_folder(root, parent)
+        if folders[parent] or (os.path.islink(path) and leaves_folder(root, path)):
             raise ValueError(
                 f"Expected `file_name` of image {row['id']} to stay in the image folder {root}, "
-                f"got {name}, a link to {where}"
+                f"got {name}, a link to {os.path.realpath(path)}"
             )
         paths.append(path)
     if missing:
@@ -300,6 +298,12 @@ def find_images(rows: Sequence[dict[str, Any]], folder: str | os.PathLike[str]) 
             f"{root}: {len(missing)} of {len(rows)} images are not there: {shown}"
         )
     return paths
+
+
+def leaves_folder(root: str, path: str | os.PathLike[str]) -> bool:
+    """Return whether a path leads out of the folder `root`, a real path, through links or dots."""
+    real = os.path.realpath(path)
+    return real != root and not real.startswith(os.path.join(root, ""))
 
 
 def load_image(path: str | os.PathLike[str], width: int, height: int) -> Tensor:
