@@ -75,7 +75,7 @@ class BAGSLoss(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for printing."""
         return (
-            f"{_described(self.layout)}, others_ratio={self.others_ratio:g}, "
+            f"layout={self.layout}, others_ratio={self.others_ratio:g}, "
             f"reduction={self.reduction!r}, impl={self.impl!r}"
         )
 
@@ -262,7 +262,7 @@ class BAGSHead(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, for printing."""
-        return f"{_described(self.layout)}, others_ratio={self.others_ratio:g}, impl={self.impl!r}"
+        return f"layout={self.layout}, others_ratio={self.others_ratio:g}, impl={self.impl!r}"
 
     def check_state_dict(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
         """Raise ValueError if the entries under `prefix` are for another layout or width.
@@ -300,13 +300,6 @@ class BAGSHead(nn.Module):
     ) -> None:
         self.check_state_dict(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _described(layout: GroupLayout) -> str:
-    sizes = ", ".join(
-        f"{name}: {size}" for name, size in zip(layout.group_names, layout.group_sizes, strict=True)
-    )
-    return f"categories={layout.num_categories}, columns={{{sizes}}}"
 
 
 def _group_rows(rows: Tensor, layout: GroupLayout) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -30,7 +30,7 @@ MAX_TABLE_ENTRIES = 1 << 28  # of `bin_labels`, [G, num_labels]
 MAX_JSON_CHARACTERS = 1 << 26
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GroupLayout:
     r"""The groups of Balanced Group Softmax and the columns of its logits.
 
@@ -76,11 +76,10 @@ class GroupLayout:
     names: tuple[str, ...]
     background: Background = "first"
     category_ids: tuple[int, ...] | None = None
-    _tables: dict[torch.device, GroupTables] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
 
     def __post_init__(self) -> None:
+        # A cache, not a field: equality, hash, copies and pickles do not know it.
+        object.__setattr__(self, "_tables_by_device", {})
         _check_background(self.background)
         groups = tuple(
             _as_int_tuple(group, f"groups[{index}]")
@@ -229,11 +228,12 @@ class GroupLayout:
             device = torch.empty(0, device=device).device
         if torch.compiler.is_compiling():
             return self._make_tables(device)  # constants of the graph that is being traced
-        tables = self._tables.get(device)
+        cache: dict[torch.device, GroupTables] = self.__dict__["_tables_by_device"]
+        tables = cache.get(device)
         if tables is None:
             tables = self._make_tables(device)
             if type(tables.label_groups) is Tensor:  # not a fake one, of somebody's tracing
-                self._tables[device] = tables
+                cache[device] = tables
         return tables
 
     def to_json(self) -> str:
@@ -376,6 +376,16 @@ class GroupLayout:
                 )
         return said
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(
+            f"{name}: {len(group)}" for name, group in zip(self.names, self.groups, strict=True)
+        )
+        ids = "" if self.category_ids is None else ", category_ids known"
+        return (
+            f"GroupLayout({self.num_categories} categories {{{sizes}}}, "
+            f"background={self.background!r}{ids})"
+        )
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Tables are caches of a device: neither pickled nor copied.
         return type(self), (self.groups, self.names, self.background, self.category_ids)
@@ -422,7 +432,10 @@ class GroupLayout:
                 f"Expected 'format_version' {FORMAT_VERSION}, got {_shown(version)}: the layout "
                 f"was written by another version of the library"
             )
-        groups = data.get("groups")
+        missing = {"background", "num_categories", "groups", "category_ids"} - data.keys()
+        if missing:
+            raise ValueError(f"Expected a layout with {sorted(missing)}, found none in the JSON")
+        groups = data["groups"]
         if not isinstance(groups, list) or not all(
             isinstance(group, dict) and {"name", "categories"} <= group.keys() for group in groups
         ):
@@ -431,12 +444,12 @@ class GroupLayout:
             layout = cls(
                 groups=tuple(group["categories"] for group in groups),
                 names=tuple(group["name"] for group in groups),
-                background=data.get("background", "first"),
-                category_ids=data.get("category_ids"),
+                background=data["background"],
+                category_ids=data["category_ids"],
             )
         except TypeError as error:  # to a reader of files a wrong type is a wrong value
             raise ValueError(f"The layout in the JSON is not valid: {error}") from None
-        if data.get("num_categories", layout.num_categories) != layout.num_categories:
+        if data["num_categories"] != layout.num_categories:
             raise ValueError(
                 f"Expected 'num_categories' {layout.num_categories}, as many as the groups hold, "
                 f"got {_shown(data['num_categories'])}"
@@ -547,6 +560,8 @@ def _as_int_array(values: Any, name: str, *, empty_is_fine: bool = False) -> np.
     if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
         raise TypeError(f"Expected `{name}` to be a sequence of ints, got {_shown(values)}")
     if isinstance(values, Tensor):
+        if values.is_meta:
+            raise ValueError(f"Expected `{name}` with values, got a tensor on the meta device")
         array = values.detach().cpu().numpy()
     else:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -178,7 +179,7 @@ class _LossOfActiveRows(torch.autograd.Function):
             groups,
             row_weights,
             category_weights,
-            tables,
+            tables=tables,
             with_gradient=ctx.needs_input_grad[0],
         )
         return losses
@@ -190,7 +191,7 @@ class _LossOfActiveRows(torch.autograd.Function):
         # Let go of it: autograd would copy a gradient that is held elsewhere too.
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:  # a second backward through a retained graph
-            _, gradient = _losses_and_gradient(*saved, ctx.tables, with_gradient=True)
+            _, gradient = _losses_and_gradient(*saved, tables=ctx.tables, with_gradient=True)
         factors = grad_losses.tolist()
         for start, size, factor in zip(ctx.tables.starts, ctx.tables.sizes, factors, strict=True):
             if factor != 1:
@@ -204,34 +205,59 @@ def _losses_and_gradient(
     groups: Tensor,
     row_weights: Tensor,
     category_weights: Tensor | None,
-    tables: GroupTables,
     *,
+    tables: GroupTables,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    gradient = torch.zeros_like(logits) if with_gradient else None
+    gradient = _zeros(logits.shape, logits.dtype) if with_gradient else None
     losses = torch.zeros(tables.num_groups, dtype=dtype)
+    labels = labels.masked_fill(groups < 0, 0)
+    counting = (row_weights > 0) & (groups >= 0)[:, None]
     for group, (start, size) in enumerate(zip(tables.starts, tables.sizes, strict=True)):
-        rows = ((row_weights[:, group] > 0) & (groups >= 0)).nonzero().squeeze(1)
+        weights = None
+        counts = counting[:, group]
+        if row_weights.dtype != torch.bool or category_weights is not None:
+            weights = _weights_of_rows(
+                labels, groups, row_weights[:, group], group, category_weights, tables, dtype
+            )
+            weights = weights * counts  # of all rows, those that do not count at 0
+            counts = weights > 0
+        rows = counts.nonzero().squeeze(1)
         if len(rows) == 0:
             continue
-        columns = slice(start, start + size)
-        targets = bin_labels(labels[rows], groups[rows], group, tables)[:, None]
-        weights = _weights_of_rows(
-            labels[rows],
-            groups[rows],
-            row_weights[rows, group],
-            group,
-            category_weights,
-            tables,
-            dtype,
-        )
-        weights = weights / weights.sum().clamp(min=1)
-        log_probabilities = torch.log_softmax(logits[:, columns][rows].to(dtype), dim=1)
-        losses[group] = -(log_probabilities.gather(1, targets).squeeze(1) * weights).sum()
+        all_rows = len(rows) == len(counts)
+        targets = bin_labels(labels, groups, group, tables)[:, None]
+        group_logits = logits[:, start : start + size]
+        if not all_rows:
+            targets, group_logits = targets[rows], group_logits.index_select(0, rows)
+        log_probabilities = torch.log_softmax(group_logits.to(dtype), dim=1)
+        log_likelihood = log_probabilities.gather(1, targets)
+        if weights is None:
+            shares: float | Tensor = 1 / len(rows)
+        else:
+            shares = weights[rows, None] / weights.sum().clamp(min=1)
+        losses[group] = -(log_likelihood * shares).sum()
         if gradient is not None:
-            row_gradient = log_probabilities.exp_()
-            row_gradient.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=dtype))
-            row_gradient *= weights[:, None]
-            gradient[:, columns].index_copy_(0, rows, row_gradient.to(gradient.dtype))
+            grad_log_probabilities = torch.zeros_like(log_probabilities)
+            grad_log_probabilities.scatter_(1, targets, -shares)
+            # The derivative that autograd itself would call, at a third of the time of exp().
+            row_gradient = torch._log_softmax_backward_data(
+                grad_log_probabilities, log_probabilities, 1, dtype
+            ).to(gradient.dtype)
+            group_gradient = gradient[:, start : start + size]
+            if all_rows:
+                group_gradient.copy_(row_gradient)
+            else:
+                group_gradient.index_copy_(0, rows, row_gradient)
     return losses, gradient
+
+
+def _zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Zeros that cost nothing until they are touched.
+
+    NumPy takes them from the system as zero pages, huge ones where it can; `torch.zeros` writes
+    each small page once, which at 40 MB takes longer than all the rest of the loss.
+    """
+    size = shape.numel() * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
