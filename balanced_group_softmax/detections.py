@@ -133,6 +133,7 @@ def select_detections(
             kept = _keep_classwise(
                 _boxes_of(boxes, candidates, num_categories),
                 candidates % num_categories,
+                num_categories,
                 nms_threshold,
                 nms,
             )
@@ -144,7 +145,7 @@ def select_detections(
 
     rows = _div(chosen, num_categories)
     categories = chosen - rows * num_categories
-    found = boxes[rows] if boxes.ndim == 2 else boxes[rows, categories]
+    found = boxes.index_select(0, rows) if boxes.ndim == 2 else boxes[rows, categories]
     return Detections(found, flat_scores[chosen], categories, rows)
 
 
@@ -202,7 +203,11 @@ class _Ranking:
 def _boxes_of(boxes: Tensor, flat_index: Tensor, num_categories: int) -> Tensor:
     """Gather the boxes of candidates for comparison: at least float32."""
     rows = _div(flat_index, num_categories)
-    found = boxes[rows] if boxes.ndim == 2 else boxes[rows, flat_index - rows * num_categories]
+    found = (
+        boxes.index_select(0, rows)
+        if boxes.ndim == 2
+        else boxes[rows, flat_index - rows * num_categories]
+    )
     return found.float() if found.element_size() < 4 else found
 
 
@@ -216,7 +221,9 @@ def _wide_enough(boxes: Tensor, min_size: float) -> Tensor:
     return (sizes >= min_size).all(1)
 
 
-def _keep_classwise(boxes: Tensor, categories: Tensor, threshold: float, nms: _Nms) -> Tensor:
+def _keep_classwise(
+    boxes: Tensor, categories: Tensor, num_categories: int, threshold: float, nms: _Nms
+) -> Tensor:
     """Say which of the ranked candidates class-wise NMS keeps.
 
     Most categories have few candidates here, so those of all small categories are compared in one
@@ -227,7 +234,8 @@ def _keep_classwise(boxes: Tensor, categories: Tensor, threshold: float, nms: _N
 
     Args:
         boxes: `[N, 4]`, best first, at least float32.
-        categories: `[N]` int64.
+        categories: `[N]` int64, below `num_categories`.
+        num_categories: C.
         threshold: overlaps strictly above it suppress.
         nms: what decides large and unclear categories.
 
@@ -239,11 +247,13 @@ def _keep_classwise(boxes: Tensor, categories: Tensor, threshold: float, nms: _N
         return torch.ones(0, dtype=torch.bool, device=boxes.device)
     by_category = categories.sort(stable=True)
     grouped, order = by_category.values, by_category.indices
-    boxes = boxes[order]
+    boxes = boxes.index_select(0, order)
     position = torch.arange(number, device=boxes.device)
     # For each candidate: where its category starts, how many it has, how many of them rank higher.
-    start = torch.searchsorted(grouped, grouped)
-    size = torch.searchsorted(grouped, grouped, right=True) - start
+    counts = torch.zeros(num_categories, dtype=torch.int64, device=boxes.device)
+    counts.scatter_add_(0, grouped, torch.ones_like(grouped))
+    size = counts[grouped]
+    start = (counts.cumsum(0) - counts)[grouped]
     limit = _PAIRWISE_SIZE_CPU if boxes.device.type == "cpu" else _PAIRWISE_SIZE_ACCELERATOR
     handed_over = size > limit
     higher = (position - start).masked_fill(handed_over, 0)
