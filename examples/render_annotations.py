@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 from balanced_group_softmax.counts import Source, read_annotations
 
+Objects = dict[int, list[dict[str, Any]]]
+
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 
 
@@ -45,27 +47,11 @@ def render(annotations: Source, out: str | os.PathLike[str], *, progress: bool =
         ValueError: The annotation file is not valid; nothing has been drawn then.
     """
     data = read_annotations(annotations, complete=True)
-    objects = defaultdict(list)
-    for row in data["annotations"]:
-        objects[row["image_id"]].append(row)
-    plan: dict[str, dict[str, Any]] = {}
-    for row in data["images"]:
-        width, height = image_size(row)
-        if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(
-                f"Expected image {row['id']} to have at most {Image.MAX_IMAGE_PIXELS} pixels, "
-                f"got {width} x {height}"
-            )
-        name = image_names(row)[0]
-        if Path(name).suffix.lower() not in FORMATS:
-            raise ValueError(f"Expected image {row['id']} to be {', '.join(FORMATS)}, got {name}")
-        if name in plan:
-            raise ValueError(f"Expected images with names of their own, got {name} twice")
-        plan[name] = row
-        for annotation in objects[row["id"]]:
-            if annotation.get("segmentation"):
-                check_segmentation(annotation, width, height)
-    read_boxes(data["annotations"])
+    try:
+        plan, objects = make_plan(data)
+    except ValueError as error:
+        name = annotations if isinstance(annotations, str | os.PathLike) else "annotations"
+        raise ValueError(f"{os.fspath(name)}: {error}") from None
 
     root = os.path.realpath(out)
     drawn = 0
@@ -86,6 +72,32 @@ def render(annotations: Source, out: str | os.PathLike[str], *, progress: bool =
             partial.unlink(missing_ok=True)
         drawn += 1
     return drawn
+
+
+def make_plan(data: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], Objects]:
+    """Return the image entry of each name and the annotations of each image, all checked."""
+    objects: Objects = defaultdict(list)
+    for row in data["annotations"]:
+        objects[row["image_id"]].append(row)
+    plan: dict[str, dict[str, Any]] = {}
+    for row in data["images"]:
+        width, height = image_size(row)
+        if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"Expected image {row['id']} to have at most {Image.MAX_IMAGE_PIXELS} pixels, "
+                f"got {width} x {height}"
+            )
+        name = image_names(row)[0]
+        if Path(name).suffix.lower() not in FORMATS:
+            raise ValueError(f"Expected image {row['id']} to be {', '.join(FORMATS)}, got {name}")
+        if name in plan:
+            raise ValueError(f"Expected images with names of their own, got {name} twice")
+        plan[name] = row
+        for annotation in objects[row["id"]]:
+            if annotation.get("segmentation"):
+                check_segmentation(annotation, width, height)
+    read_boxes(data["annotations"])
+    return plan, objects
 
 
 def draw_image(row: dict[str, Any], annotations: list[dict[str, Any]]) -> np.ndarray:
