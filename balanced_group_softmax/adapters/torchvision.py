@@ -36,7 +36,7 @@ _CLASSIFIER = "roi_heads.box_predictor.cls_score"
 _MIN_SIZE = 1e-2
 
 
-class _Recorder:
+class _Recorder(nn.Module):
     """Stands in for the box predictor during one training step; keeps logits and labels.
 
     `RoIHeads.forward` has no seam for a loss. It computes its own cross-entropy and picks each
@@ -46,11 +46,12 @@ class _Recorder:
     """
 
     def __init__(self, predictor: nn.Module) -> None:
+        super().__init__()
         self.predictor = predictor
         self.labels = torch.empty(0, dtype=torch.int64)
         self.logits = torch.empty(0)
 
-    def __call__(self, box_features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, box_features: Tensor) -> tuple[Tensor, Tensor]:
         self.logits, deltas = self.predictor(box_features)
         num_rois = len(deltas)
         deltas = deltas.reshape(num_rois, deltas.shape[1] // 4, 4)
@@ -86,17 +87,31 @@ class ClassifierRoIHeads(RoIHeads):
         """Run torchvision's forward pass; in training, swap the classification losses."""
         if not self.training:
             return super().forward(features, proposals, image_shapes, targets)
+        self._check_labels(targets)
         # A shallow copy shares every parameter, buffer and submodule. Recording there rather than
         # here leaves nothing behind when a step fails, and lets threads train replicas.
         step = copy.copy(self)
         recorder = _Recorder(self.box_predictor)
-        step._modules = {**self._modules, "box_predictor": recorder}  # type: ignore[dict-item]
+        step._modules = {**self._modules, "box_predictor": recorder}
         detections, losses = super(ClassifierRoIHeads, step).forward(
             features, proposals, image_shapes, targets
         )
         del losses["loss_classifier"]
         # After torchvision's pass, so that its own random draws are those of the plain model.
         return detections, {**self.classifier.losses(recorder.logits, recorder.labels), **losses}
+
+    def _check_labels(self, targets: list[dict[str, Tensor]] | None) -> None:
+        num_categories = self.classifier.num_categories
+        for index, target in enumerate(targets or []):
+            labels = target.get("labels")
+            # Looking at values on an accelerator would wait for it.
+            if isinstance(labels, Tensor) and labels.device.type == "cpu" and labels.numel() > 0:
+                highest = int(labels.max())
+                if highest > num_categories:
+                    raise ValueError(
+                        f"Expected `targets[{index}]['labels']` in [1, {num_categories}], "
+                        f"got {highest}"
+                    )
 
     def select_training_samples(
         self, proposals: list[Tensor], targets: list[dict[str, Tensor]] | None
