@@ -102,10 +102,11 @@ def decompress_run_lengths(text: str | bytes) -> np.ndarray:
 
 def draw_mask(segment: Segment, width: int, height: int) -> np.ndarray:
     """Return a mask as uint8 [height, width]."""
-    if isinstance(segment, np.ndarray):
-        inside = np.arange(len(segment)) % 2
-        return np.repeat(inside.astype(np.uint8), segment).reshape(width, height).T
-    # Only drawing polygons needs pycocotools: its rounding is what evaluation uses.
-    from pycocotools import mask as coco_mask
+    if isinstance(segment, list):
+        # Drawn by pycocotools, whose rounding evaluation uses too.
+        from pycocotools import mask as coco_mask
 
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segment, height, width)))
+        codes = coco_mask.frPyObjects(segment, height, width)
+        segment = decompress_run_lengths(coco_mask.merge(codes)["counts"])
+    inside = (np.arange(len(segment)) % 2).astype(np.uint8)
+    return np.repeat(inside, segment).reshape(width, height).T
