@@ -10,7 +10,6 @@ classifier under the same prefix (for `BAGSHead`: `cls_score.fc.weight`, `cls_sc
 """
 
 import copy
-from collections.abc import Iterator
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -21,6 +20,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.boxes import clip_boxes_to_image
 
+from balanced_group_softmax.adapters.freezing import freeze_all_but
 from balanced_group_softmax.adapters.protocol import Classifier, check_classifier
 from balanced_group_softmax.detections import select_detections
 from balanced_group_softmax.head import BAGSHead
@@ -139,19 +139,20 @@ class ClassifierRoIHeads(RoIHeads):
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Turn logits and deltas into boxes, scores and labels, one tensor of each per image.
 
-        torchvision has softmax written into this function, so it is written anew here.
+        torchvision has softmax written into this function, so it is written anew here. No gradient
+        flows to the detections.
         """
         if box_regression.dtype in (torch.float16, torch.bfloat16):
             # Pixel coordinates do not fit in 8 or 11 bits: under autocast x = 801 would become 800
             # or 804.
             box_regression = box_regression.float()
         rois_per_image = [len(boxes) for boxes in proposals]
-        all_scores = self.classifier.scores(class_logits)[:, 1:].split(rois_per_image)
-        all_deltas = box_regression.split(rois_per_image)
+        scores_per_image = self.classifier.scores(class_logits)[:, 1:].split(rois_per_image)
+        deltas_per_image = box_regression.split(rois_per_image)
 
-        results: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        all_boxes, all_scores, all_labels = [], [], []
         for rois, deltas, scores, image_shape in zip(
-            proposals, all_deltas, all_scores, image_shapes, strict=True
+            proposals, deltas_per_image, scores_per_image, image_shapes, strict=True
         ):
             boxes = self.box_coder.decode(deltas, [rois]).reshape(
                 len(rois), deltas.shape[1] // 4, 4
@@ -165,13 +166,10 @@ class ClassifierRoIHeads(RoIHeads):
                 max_detections=self.detections_per_img,
                 min_size=_MIN_SIZE,
             )
-            for result, value in zip(
-                results,
-                (detections.boxes, detections.scores, detections.categories + 1),
-                strict=True,
-            ):
-                result.append(value)
-        return results
+            all_boxes.append(detections.boxes)
+            all_scores.append(detections.scores)
+            all_labels.append(detections.categories + 1)
+        return all_boxes, all_scores, all_labels
 
 
 def convert_to_bags(
@@ -285,8 +283,7 @@ def convert_classifier(model: _Model, classifier: Any, *, inplace: bool = True) 
 
 def _check_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let the classifier look at a state dict before anything of the whole detector is copied."""
-    classifier = module.get_submodule(_CLASSIFIER)
-    check = getattr(classifier, "check_state_dict", None)
+    check = getattr(module.get_submodule(_CLASSIFIER), "check_state_dict", None)
     if check is not None:
         check(state_dict, f"{prefix}{_CLASSIFIER}.")
 
@@ -307,7 +304,7 @@ def _plain_roi_heads(model: nn.Module) -> RoIHeads:
     own = sorted(name for name in vars(roi_heads) if callable(getattr(RoIHeads, name, None)))
     if own:
         raise TypeError(
-            f"Expected `model.roi_heads` without methods of its own, got "
+            "Expected `model.roi_heads` without methods of its own, got "
             f"{', '.join(own)} set on the object, which would hide the converted ones"
         )
     for name in ("cls_score", "bbox_pred"):
@@ -327,7 +324,7 @@ def _roi_heads(model: nn.Module) -> RoIHeads:
         "Expected `model` to be a torchvision two-stage detector (Faster, Mask or Keypoint R-CNN)"
     )
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f"{expected}, got a scripted one; convert before scripting")
+        raise TypeError(f"{expected}, got a scripted one; convert the model that was scripted")
     if not isinstance(model, nn.Module):
         raise TypeError(f"{expected}, got {kind}")
     for name in ("module", "_orig_mod"):
@@ -335,7 +332,7 @@ def _roi_heads(model: nn.Module) -> RoIHeads:
             raise TypeError(f"{expected}, got one wrapped in {kind}; pass its `{name}`")
     roi_heads = getattr(model, "roi_heads", None)
     if isinstance(roi_heads, torch.jit.ScriptModule):
-        raise TypeError(f"{expected}, got one with scripted roi_heads; convert before scripting")
+        raise TypeError(f"{expected}, got one with scripted roi_heads; convert it before")
     if not isinstance(roi_heads, RoIHeads):
         why = ""
         if kind in ("RetinaNet", "FCOS", "SSD"):
@@ -366,32 +363,6 @@ def _check_fit(predictor: nn.Module, num_categories: int, in_features: int) -> N
             "Expected `model.roi_heads.box_predictor.bbox_pred` with 4 outputs (class-agnostic) or "
             f"{4 * num_labels} (4 for each of {num_labels} labels), got {deltas}"
         )
-
-
-class _Frozen(nn.Module):
-    """A last child of a detector that puts its frozen modules back into eval mode.
-
-    `nn.Module.train` visits children in order, so this one is told last and has the last word. The
-    frozen modules are in a tuple, which does not register them: state dict and `parameters()` do
-    not see them twice, while deep copies and pickles keep pointing at the right ones. No hook, no
-    changed method.
-    """
-
-    def __init__(self, train: str, modules: dict[str, nn.Module], parameters: list[str]) -> None:
-        super().__init__()
-        self.train_choice = train
-        self.names = tuple(modules)
-        self.frozen_modules = tuple(modules.values())
-        self.parameter_names = tuple(parameters)
-
-    def train(self, mode: bool = True) -> "_Frozen":
-        super().train(mode)
-        for module in self.frozen_modules:
-            module.eval()
-        return self
-
-    def extra_repr(self) -> str:
-        return f"train={self.train_choice!r}, eval={', '.join(self.names)}"
 
 
 def freeze(model: nn.Module, train: Train = "classifier") -> list[nn.Parameter]:
@@ -429,35 +400,11 @@ def freeze(model: nn.Module, train: Train = "classifier") -> list[nn.Parameter]:
     roi_heads = _roi_heads(model)
     if train not in get_args(Train):
         raise ValueError(f"Expected `train` to be one of {get_args(Train)}, got {train!r}")
-    before = getattr(model, "frozen", None)
-    if before is not None and not isinstance(before, _Frozen):
-        raise ValueError("Expected `model` without an attribute of its own named `frozen`")
-    trainable = _trainable_modules(model, roi_heads, train)
-
-    thawed = before.parameter_names if before is not None else ()
-    can_train = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad or name in thawed
-    }
-    kept = {parameter for module in trainable for parameter in module.parameters()}
-    trains = [parameter for parameter in can_train.values() if parameter in kept]
-    if not trains:
-        raise ValueError(
-            f"Expected parameters to train for train={train!r}, got none: all were frozen before"
-        )
-    for parameter in can_train.values():
-        parameter.requires_grad_(parameter in kept)
-
-    if before is not None:
-        del model.frozen
-        for module in before.frozen_modules:
-            module.train(model.training)
-    if train != "all":
-        frozen_names = [name for name, parameter in can_train.items() if parameter not in kept]
-        frozen_modules = dict(_frozen_modules(model, set(trainable)))
-        model.frozen = _Frozen(train, frozen_modules, frozen_names).train(model.training)
-    return trains
+    return freeze_all_but(
+        model,
+        _trainable_modules(model, roi_heads, train),
+        follow_train=(GeneralizedRCNN, GeneralizedRCNNTransform, RegionProposalNetwork, RoIHeads),
+    )
 
 
 def _trainable_modules(model: nn.Module, roi_heads: RoIHeads, train: Train) -> list[nn.Module]:
@@ -469,17 +416,3 @@ def _trainable_modules(model: nn.Module, roi_heads: RoIHeads, train: Train) -> l
     if train == "box_and_mask_heads":
         names += ["mask_head", "mask_predictor", "keypoint_head", "keypoint_predictor"]
     return [module for name in names if (module := getattr(roi_heads, name)) is not None]
-
-
-def _frozen_modules(
-    module: nn.Module, trainable: set[nn.Module], prefix: str = ""
-) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the largest submodules without a trainable part, by name."""
-    follows_train = (GeneralizedRCNN, GeneralizedRCNNTransform, RegionProposalNetwork, RoIHeads)
-    for name, child in module.named_children():
-        if child in trainable:
-            continue
-        if isinstance(child, follows_train) or not trainable.isdisjoint(child.modules()):
-            yield from _frozen_modules(child, trainable, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", child

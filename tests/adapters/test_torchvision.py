@@ -499,7 +499,7 @@ MODEL_ERRORS = {
     "ssd": (TypeError, "SSD, a one-stage", lambda m: _one_stage("ssdlite320_mobilenet_v3_large")),
     "no detector": (TypeError, "two-stage detector.*got Linear", lambda m: nn.Linear(2, 2)),
     "no module": (TypeError, "two-stage detector.*got str", lambda m: "faster_rcnn"),
-    "scripted heads": (TypeError, "before scripting", _scripted_heads),
+    "scripted heads": (TypeError, "scripted roi_heads; convert it before", _scripted_heads),
     "wrapped": (TypeError, "wrapped in DataParallel; pass its `module`", nn.DataParallel),
     "compiled": (TypeError, "OptimizedModule; pass its `_orig_mod`", torch.compile),
     "converted": (ValueError, "not to be converted yet", lambda m: convert_to_bags(m, LAYOUT)),
@@ -536,7 +536,7 @@ def test_models_that_cannot_be_converted(model: nn.Module, case: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_scripted_models_are_refused() -> None:
     scripted = torch.jit.script(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="got a scripted one; convert before scripting"):
+    with pytest.raises(TypeError, match="got a scripted one; convert the model that was"):
         convert_to_bags(scripted, LAYOUT)
 
 
@@ -639,6 +639,15 @@ def test_state_dict_through_a_file(model: nn.Module, tmp_path: Any) -> None:
     nn.init.zeros_(other.roi_heads.box_predictor.cls_score.fc.weight)
     other.load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True))
     assert_same(other.state_dict(), model.state_dict())
+
+
+def test_weights_of_a_plain_detector_are_not_mistaken(model: nn.Module) -> None:
+    state_dict = make_model().state_dict()
+    convert_to_bags(model, LAYOUT)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*cls_score.weight"):
+        model.load_state_dict(state_dict)
+    result = model.load_state_dict(state_dict, strict=False)
+    assert set(result.unexpected_keys) == {PREFIX + "weight", PREFIX + "bias"}
 
 
 # Freezing
