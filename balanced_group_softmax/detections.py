@@ -171,10 +171,10 @@ class _Ranking:
 
         # A value that at least `wanted` scores reach: the scores are split into many columns, and
         # that many column maxima reach it. Few scores more than those do, as a rule. A column with
-        # a NaN has a NaN for its maximum and tells nothing, which only lowers the value.
+        # a NaN has a NaN for its maximum and tells nothing, and the last scores may fill no row;
+        # leaving them out only lowers the value.
         columns = 8 * wanted
-        full = total - total % columns
-        maxima = torch.cat([values[:full].view(-1, columns).amax(0), values[full:]])
+        maxima = values[: total - total % columns].view(-1, columns).amax(0)
         maxima = torch.where(maxima.isnan(), -math.inf, maxima)
         reached = maxima.topk(wanted, sorted=False).values.amin()
         # NaN scores fail this comparison, too.
@@ -184,8 +184,7 @@ class _Ranking:
         passing = self._scores[index] > self._threshold
         above = index[passing]
         # What is left out scores no more than what is in, so if any of that failed, all of it does.
-        complete = index.shape[0] < wanted or above.shape[0] < index.shape[0]
-        return self._sorted(above), complete
+        return self._sorted(above), above.shape[0] < index.shape[0]
 
     def _cut(self, index: Tensor, wanted: int) -> Tensor:
         """Keep the `wanted` best of the ascending `index`, lower indices first among equals."""
@@ -289,9 +288,9 @@ def _compare(
     """Say for each pair whether it overlaps clearly above the threshold, and whether it is unclear.
 
     Boxes that do not meet have IoU 0 (or NaN, when both are points), never above a threshold.
-    Widths are the same in every way to compute this. For boxes that are not inside out, products,
-    sums and the quotient add less than 8 epsilons of relative error unless a product leaves the
-    normal range; then, or with an infinity, the pair is unclear.
+    For boxes that are not inside out an IoU has less than 8 epsilons of relative error, however it
+    is computed, unless something leaves the range of normal numbers; then, or with an infinity, the
+    pair is unclear.
     """
     left_top = torch.maximum(boxes[upper, :2], boxes[lower, :2])
     right_bottom = torch.minimum(boxes[upper, 2:], boxes[lower, 2:])
@@ -305,7 +304,7 @@ def _compare(
     margin = _UNSURE_EPS * number_format.eps
     clear = (
         ((iou - threshold).abs() > margin * (iou + threshold))
-        & (intersection >= number_format.tiny)
+        & (torch.minimum(intersection, iou) >= number_format.tiny)
         & (union <= number_format.max)
     )
     return ~apart & clear & (iou > threshold), ~apart & ~clear

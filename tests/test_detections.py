@@ -5,7 +5,7 @@ Everything is compared bit by bit: the sets, their order, the boxes and the scor
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,17 @@ def random_scores(kind: str, *shape: int, generator: torch.Generator) -> Tensor:
     return draw
 
 
+def overlapping_pair(seed: int, dtype: torch.dtype) -> tuple[Tensor, Any]:
+    """Two boxes and their IoU, rounded as `nms` rounds it on most processors."""
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(2, 2, generator=generator, dtype=dtype)
+    boxes = torch.cat([corners, corners + 1 + corners.flip(0)], 1) * 100
+    sides = torch.minimum(boxes[0, 2:], boxes[1, 2:]) - torch.maximum(boxes[0, :2], boxes[1, :2])
+    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    overlap = sides[0] * sides[1]
+    return boxes, (overlap / (areas[0] + areas[1] - overlap)).numpy()[()]
+
+
 def cases(largest: int) -> dict[str, st.SearchStrategy[Any]]:
     return {
         "seed": st.integers(0, 2**31),
@@ -193,36 +204,59 @@ class TestEqualsPerCategoryNms:
         boxes = torch.tensor(coordinates).reshape(3, 4)
         check(boxes, torch.tensor([[0.9, 0.2], [0.5, 0.3], [0.1, 0.4]]), 0.0, threshold, 10)
 
-    @given(seed=st.integers(0, 2**31), ulps=st.integers(-2, 2))
+    @given(seed=st.integers(0, 2**31), quarter_steps=st.integers(-6, 6))
     @settings(max_examples=200)
+    @pytest.mark.parametrize("plain", [False, True], ids=["torchvision", "plain"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-    def test_overlap_at_the_threshold(self, dtype: torch.dtype, seed: int, ulps: int) -> None:
-        """The threshold is the rounded IoU of two boxes itself, or one a step or two away."""
-        generator = torch.Generator().manual_seed(seed)
-        corners = torch.rand(2, 2, generator=generator, dtype=dtype)
-        boxes = torch.cat([corners, corners + 1 + corners.flip(0)], 1) * 100
-        one, two = boxes
-        sides = torch.minimum(one[2:], two[2:]) - torch.maximum(one[:2], two[:2])
-        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        overlap = sides[0] * sides[1]
-        threshold = (overlap / (areas[0] + areas[1] - overlap)).numpy()
-        for _ in range(abs(ulps)):
-            threshold = np.nextafter(threshold, threshold.dtype.type(np.sign(ulps)))
-        for plain in (False, True):
-            scores = torch.tensor([[0.9], [0.8]], dtype=dtype)
-            if not plain:
-                check(boxes, scores, 0.0, float(threshold), 10)
-                continue
-            with torchvision_hidden():
-                check_against = oracle(boxes, scores, 0.0, float(threshold), 10)
-                ours = select_detections(
-                    boxes,
-                    scores,
-                    score_threshold=0.0,
-                    nms_threshold=float(threshold),
-                    max_detections=10,
-                )
-            assert_identical(ours, check_against)
+    def test_overlap_at_the_threshold(
+        self, dtype: torch.dtype, plain: bool, seed: int, quarter_steps: int
+    ) -> None:
+        """The threshold is the rounded IoU of two boxes itself, or a hair's breadth away."""
+        boxes, iou = overlapping_pair(seed, dtype)
+        threshold = float(iou + quarter_steps * np.spacing(iou).astype(np.float64) / 4)
+        scores = torch.tensor([[0.9], [0.8]], dtype=dtype)
+        expected = oracle(boxes, scores, 0.0, threshold, 10)
+        with torchvision_hidden() if plain else nullcontext():
+            ours = select_detections(
+                boxes, scores, score_threshold=0.0, nms_threshold=threshold, max_detections=10
+            )
+        assert_identical(ours, expected)
+
+
+class TestOtherRounding:
+    """Decisions are those of `nms`, also where it is compiled to round in another way.
+
+    On other processors and on accelerators `nms` fuses multiplications and additions or keeps the
+    threshold in float32. An `nms` that computes in double stands in for all of these.
+    """
+
+    @staticmethod
+    def check(boxes: Tensor, scores: Tensor, threshold: float) -> None:
+        def in_double(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+            return nms(boxes.double(), scores.double(), threshold)
+
+        expected = oracle(boxes.double(), scores, 0.0, threshold, 100)
+        with tuned(find_nms=lambda: in_double):
+            ours = select_detections(
+                boxes, scores, score_threshold=0.0, nms_threshold=threshold, max_detections=100
+            )
+        assert_identical(ours._replace(boxes=ours.boxes.double()), expected)
+
+    @given(seed=st.integers(0, 2**31), quarter_steps=st.integers(-10, 10))
+    @settings(max_examples=300)
+    def test_overlap_at_the_threshold(self, seed: int, quarter_steps: int) -> None:
+        boxes, iou = overlapping_pair(seed, torch.float32)
+        threshold = float(iou + quarter_steps * np.spacing(iou).astype(np.float64) / 4)
+        self.check(boxes, torch.tensor([[0.9], [0.8]]), threshold)
+
+    @pytest.mark.parametrize("threshold", [0.0, 1e-300, 0.25, 0.5, 1.0])
+    @pytest.mark.parametrize("small", [1e-30, 1e-22, 1.0])
+    @pytest.mark.parametrize("large", [1.0, 1e18, 1e20, 1e30])
+    def test_areas_beyond_the_range(self, large: float, small: float, threshold: float) -> None:
+        sides = torch.tensor([[large, large], [small, small], [small, large], [small, small / 2]])
+        boxes = torch.cat([torch.zeros(4, 2), sides], 1)
+        self.check(boxes, torch.tensor([[0.9], [0.8], [0.7], [0.6]]), threshold)
+        self.check(boxes.flip(0), torch.tensor([[0.9], [0.8], [0.7], [0.6]]), threshold)
 
 
 class TestAdversarial:
@@ -426,6 +460,13 @@ class TestEffort:
             assert len(found.scores) == 300
             assert sum(compared) < 15_000, kind
             compared.clear()
+        # No second look where the first shows that nothing is left above the threshold.
+        scores = random_scores("uniform", 1000, LVIS_V1_CATEGORIES, generator=generator)
+        assert 0 < (scores > 0.9999).sum() < 300
+        select_detections(
+            boxes, scores, score_threshold=0.9999, nms_threshold=0.5, max_detections=300
+        )
+        assert len(compared) == 1
 
     @pytest.mark.parametrize("num_categories", [80, LVIS_V1_CATEGORIES])
     def test_few_waits_for_the_device(self, num_categories: int) -> None:
