@@ -1,0 +1,194 @@
+"""The pictures of a run: AP per count group, classifier weight norms, detections."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from lvis_evaluation import Metrics
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from run_folder import write
+from torch import Tensor
+
+LABELS = {
+    "softmax": "softmax",
+    "softmax_continued": "softmax, continued",
+    "bags": "balanced group softmax",
+}
+COLOURS = {"softmax": "#8d99ae", "softmax_continued": "#5b6b8c", "bags": "#e07a2f"}
+INK = "#2b2d42"
+
+
+def save(figure: Figure, path: Path) -> None:
+    write(path, lambda partial: figure.savefig(partial, dpi=130, facecolor="white"))
+
+
+def plot_ap_per_group(
+    metrics: Mapping[str, Metrics], group_names: Sequence[str], group_sizes: Sequence[int]
+) -> Figure:
+    """Draw AP of each method over all categories and for each count group, as bars.
+
+    Args:
+        metrics: Of each method: `AP`, and `AP_<name>` of each group.
+        group_names: Such as "10_100".
+        group_sizes: Categories in each group.
+    """
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    keys = ["AP", *(f"AP_{name}" for name in group_names)]
+    width = 0.8 / len(metrics)
+    for i, (method, values) in enumerate(metrics.items()):
+        heights = [values[key] or 0.0 for key in keys]
+        places = np.arange(len(keys)) + (i - (len(metrics) - 1) / 2) * width
+        bars = axes.bar(
+            places, heights, width * 0.94, color=COLOURS[method], label=LABELS[method], zorder=2
+        )
+        texts = ["-" if values[key] is None else f"{values[key]:.1f}" for key in keys]
+        axes.bar_label(bars, texts, padding=2, fontsize=8, color=INK)
+    ticks = ["all categories"]
+    for name, size in zip(group_names, group_sizes, strict=True):
+        ticks.append(f"{count_range(name)}\n{size} categories")
+    axes.set_xticks(np.arange(len(keys)), ticks)
+    axes.set_xlabel("training instances of the category")
+    axes.set_ylabel("box AP (%)")
+    axes.axvline(0.5, color=INK, linewidth=0.6, alpha=0.4)
+    axes.margins(y=0.12)
+    tidy(axes)
+    axes.legend(frameon=False, ncols=len(metrics), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def plot_weight_norms(norms: Mapping[str, np.ndarray], counts: Sequence[int]) -> Figure:
+    """Draw the norm of each category's row in the classifier, the most frequent category first.
+
+    Figure 1 of the paper (Li et al., CVPR 2020): softmax gives frequent categories large weights.
+
+    Args:
+        norms: Of each method, [C].
+        counts: Training instances of each category.
+    """
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    axes = figure.subplots()
+    order = np.argsort(-np.asarray(counts), kind="stable")
+    ranks = np.arange(1, len(order) + 1)
+    instances = axes.twinx()
+    shown = np.maximum(np.asarray(counts)[order], 0.5)  # a logarithm knows no 0
+    instances.fill_between(ranks, shown, 0.5, step="mid", color="#edf0f5", zorder=0)
+    instances.set_yscale("log")
+    instances.set_ylim(bottom=0.5)
+    instances.set_ylabel("training instances (area)")
+    marker = "o" if len(order) <= 200 else None
+    for method, values in norms.items():
+        axes.plot(
+            ranks,
+            np.asarray(values)[order],
+            color=COLOURS[method],
+            label=LABELS[method],
+            marker=marker,
+            markersize=3.5,
+            linewidth=1.4,
+        )
+    axes.set_zorder(instances.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    axes.set_xlim(0.5, len(order) + 0.5)
+    axes.set_xlabel("categories, the most frequent first")
+    axes.set_ylabel("norm of the classifier's weights")
+    tidy(axes)
+    for side in ("top", "left"):
+        instances.spines[side].set_visible(False)
+    instances.tick_params(length=0)
+    axes.legend(frameon=False, ncols=len(norms), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return figure
+
+
+def plot_detections(
+    images: Sequence[Tensor],
+    columns: Mapping[str, Sequence[Mapping[str, Tensor]]],
+    names: Sequence[str],
+    rare: Sequence[bool],
+    *,
+    score_threshold: float = 0.3,
+) -> Figure:
+    """Draw boxes on images: a row for each image, a column for each source of boxes.
+
+    Args:
+        images: Float [3, H, W] in [0, 1].
+        columns: By title, for each image `boxes`, `labels` in 1..C and, if detected, `scores`.
+        names: Of the categories, label 1 first.
+        rare: Whether each category is rare; those boxes are thick and filled.
+        score_threshold: Detections below it are not drawn.
+    """
+    figure = Figure(
+        figsize=(3.3 * len(columns), 3.3 * len(images) + 0.5), layout="constrained", facecolor="w"
+    )
+    grid = figure.subplots(len(images), len(columns), squeeze=False)
+    for row, image in enumerate(images):
+        for column, (title, boxes) in enumerate(columns.items()):
+            axes = grid[row][column]
+            axes.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="lanczos")
+            axes.set_axis_off()
+            if row == 0:
+                axes.set_title(title, fontsize=11, color=INK)
+            _draw_boxes(axes, boxes[row], names, rare, score_threshold)
+    figure.supxlabel(
+        f"orange: rare categories. Detections with a score of at least {score_threshold:g}.",
+        fontsize=9,
+        color=INK,
+    )
+    return figure
+
+
+def _draw_boxes(
+    axes: Axes,
+    target: Mapping[str, Tensor],
+    names: Sequence[str],
+    rare: Sequence[bool],
+    score_threshold: float,
+) -> None:
+    labels = target["labels"].tolist()
+    scores = target["scores"].tolist() if "scores" in target else [None] * len(labels)
+    for (x1, y1, x2, y2), label, score in zip(
+        target["boxes"].tolist(), labels, scores, strict=True
+    ):
+        if score is not None and score < score_threshold:
+            continue
+        colour = COLOURS["bags"] if rare[label - 1] else "#ffffff"
+        axes.add_patch(
+            Rectangle(
+                (x1 - 0.5, y1 - 0.5),
+                x2 - x1,
+                y2 - y1,
+                fill=False,
+                edgecolor=colour,
+                linewidth=1.8 if rare[label - 1] else 1.0,
+            )
+        )
+        text = names[label - 1] + ("" if score is None else f" {score:.2f}")
+        axes.text(
+            x1,
+            y1 - 1.5,
+            text,
+            fontsize=6.5,
+            color=INK,
+            verticalalignment="bottom",
+            clip_on=True,
+            bbox={"facecolor": colour, "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
+        )
+
+
+def tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.grid(True, color=INK, alpha=0.12, zorder=0)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+
+
+def count_range(name: str) -> str:
+    """Return "10_100" as "10 to 99"; other names as they are."""
+    low, _, high = name.partition("_")
+    if not low.isdigit():
+        return name
+    if high == "inf":
+        return f"{low} and more"
+    return f"{low} to {int(high) - 1}" if high.isdigit() else name
