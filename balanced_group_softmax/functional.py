@@ -85,11 +85,11 @@ def grouped_softmax_loss(
     if reduction not in REDUCTIONS:
         raise ValueError(f"Expected `reduction` to be one of {REDUCTIONS}, got {reduction!r}")
     if weights is not None:
-        shape = (labels.shape[0], layout.num_groups)
-        _check_weights(weights, "weights", "[R, G]", shape, logits.device, allow_bool=True)
+        rows_by_groups = (labels.shape[0], layout.num_groups)
+        _check_weights(weights, "weights", "[R, G]", rows_by_groups, logits.device, bools=True)
     if category_weights is not None:
-        shape = (layout.num_categories,)
-        _check_weights(category_weights, "category_weights", "[C]", shape, logits.device)
+        categories = (layout.num_categories,)
+        _check_weights(category_weights, "category_weights", "[C]", categories, logits.device)
 
     bad = None
     if logits.device.type != "cpu" or torch.compiler.is_compiling():
@@ -181,12 +181,12 @@ def _check_weights(
     shape: tuple[int, ...],
     device: torch.device,
     *,
-    allow_bool: bool = False,
+    bools: bool = False,
 ) -> None:
     if not isinstance(weights, Tensor):
         raise TypeError(f"Expected `{name}` to be a Tensor, got {type(weights).__name__}")
-    if not weights.dtype.is_floating_point and not (allow_bool and weights.dtype == torch.bool):
-        kinds = "a bool or floating-point" if allow_bool else "a floating-point"
+    if not weights.dtype.is_floating_point and not (bools and weights.dtype == torch.bool):
+        kinds = "a bool or floating-point" if bools else "a floating-point"
         raise TypeError(f"Expected `{name}` of {kinds} dtype, got {weights.dtype}")
     if tuple(weights.shape) != shape:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -142,6 +143,7 @@ class BAGSHead(nn.Module):
         self.impl = impl
         self.fc = nn.Linear(in_features, layout.num_logits, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
+        self._prepare_tables()
 
     @classmethod
     def from_linear(
@@ -157,6 +159,14 @@ class BAGSHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> BAGSHead:
         """Start from a trained softmax classifier.
+
+        Each category keeps its row. With background, `others` of every group and the background
+        column start as the background row (most rows of "others" are background), and the
+        foreground column as the mean of the category rows with log C added to its bias, the
+        logsumexp of C equal logits. Of the choices measured on a trained detector this gave the
+        best scores, before and after training, of those that need no more than the classifier.
+        Without background `others` starts at zero, which makes the first scores exactly those
+        of the softmax classifier.
 
         Args:
             linear: maps features to one logit for each label, in the layout's label convention
@@ -192,13 +202,13 @@ class BAGSHead(nn.Module):
             device=linear.weight.device if device is None else device,
             dtype=linear.weight.dtype if dtype is None else dtype,
         )
+        biases = linear.bias
+        if biases is None:
+            biases = linear.weight.new_zeros(linear.out_features)
         with torch.no_grad():
-            head.fc.weight.copy_(_group_rows(linear.weight, layout))
+            head.fc.weight.copy_(_group_rows(linear.weight, layout, is_bias=False))
             if head.fc.bias is not None:
-                biases = linear.weight.new_zeros(linear.out_features)
-                head.fc.bias.copy_(
-                    _group_rows(biases if linear.bias is None else linear.bias, layout)
-                )
+                head.fc.bias.copy_(_group_rows(biases, layout, is_bias=True))
         return head
 
     @property
@@ -295,6 +305,15 @@ class BAGSHead(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing to set: the layout was compared before loading began."""
 
+    def _apply(self, *args: Any, **kwargs: Any) -> BAGSHead:
+        super()._apply(*args, **kwargs)  # to another device, perhaps
+        self._prepare_tables()
+        return self
+
+    def _prepare_tables(self) -> None:
+        if not self.fc.weight.is_meta:
+            self.layout.tables(self.fc.weight.device)
+
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
@@ -302,16 +321,17 @@ class BAGSHead(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _group_rows(rows: Tensor, layout: GroupLayout) -> Tensor:
+def _group_rows(rows: Tensor, layout: GroupLayout, *, is_bias: bool) -> Tensor:
     """Rows of a softmax classifier, one for each label, as rows for each group logit."""
     categories = rows[layout.foreground]
     if layout.background_label is None:
-        parts = []
-        rest = categories.mean(dim=0, keepdim=True)
+        parts, others = [], torch.zeros_like(categories[:1])
     else:
-        background = rows[layout.background_label][None]
-        parts = [background, categories.mean(dim=0, keepdim=True)]
-        rest = background
+        others = rows[layout.background_label][None]
+        foreground = categories.mean(dim=0, keepdim=True)
+        if is_bias:
+            foreground = foreground + math.log(layout.num_categories)
+        parts = [others, foreground]
     for group in layout.groups:
-        parts += [rest, categories[list(group)]]
+        parts += [others, categories[list(group)]]
     return torch.cat(parts)

@@ -7,8 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,7 +153,7 @@ class GroupLayout:
         }
         return cls(tuple(members.values()), tuple(members), background, ids)
 
-    @cached_property
+    @property
     def num_categories(self) -> int:
         """C, the number of foreground categories."""
         return sum(map(len, self.groups))
@@ -174,16 +173,19 @@ class GroupLayout:
         """How many labels there are: C + 1 with background, C without."""
         return self.num_categories + (self.background is not None)
 
-    @cached_property
+    @property
     def group_sizes(self) -> tuple[int, ...]:
         """Columns of each group, `others` included: G integers."""
         head = () if self.background is None else (2,)
         return (*head, *(1 + len(group) for group in self.groups))
 
-    @cached_property
+    @property
     def group_starts(self) -> tuple[int, ...]:
         """First logit column of each group: G integers."""
-        return (0, *accumulate(self.group_sizes[:-1]))
+        starts = [0]
+        for size in self.group_sizes[:-1]:
+            starts.append(starts[-1] + size)
+        return tuple(starts)
 
     @property
     def group_names(self) -> tuple[str, ...]:
@@ -193,7 +195,9 @@ class GroupLayout:
     @property
     def background_label(self) -> int | None:
         """The label of background: 0, C, or None without background."""
-        return {"first": 0, "last": self.num_categories, None: None}[self.background]
+        if self.background is None:
+            return None
+        return 0 if self.background == "first" else self.num_categories
 
     @property
     def foreground(self) -> slice:
@@ -221,19 +225,18 @@ class GroupLayout:
     def tables(self, device: torch.device | str | None = None) -> GroupTables:
         """The layout as small tensors on a device, for the operations.
 
-        Cached: the first call for a device may wait for it, later ones never do.
+        Cached: the first call for a device may wait for it, later ones never do. Before a
+        function that uses the layout is compiled, call it once (a `BAGSHead` does so when it is
+        made or moved), or the tables are made anew in every run of the compiled graph.
         """
         device = torch.device("cpu" if device is None else device)
-        if device.type != "cpu" and device.type != "meta" and device.index is None:
-            device = torch.empty(0, device=device).device
-        if torch.compiler.is_compiling():
-            return self._make_tables(device)  # constants of the graph that is being traced
-        cache: dict[torch.device, GroupTables] = self.__dict__["_tables_by_device"]
-        tables = cache.get(device)
+        cache: dict[str, GroupTables] = self.__dict__["_tables_by_device"]
+        tables = cache.get(str(device))
         if tables is None:
             tables = self._make_tables(device)
-            if type(tables.label_groups) is Tensor:  # not a fake one, of somebody's tracing
-                cache[device] = tables
+            traced = torch.compiler.is_compiling() or type(tables.label_groups) is not Tensor
+            if not traced:  # else they would be tensors of the graph and not of this process
+                cache[str(device)] = tables
         return tables
 
     def to_json(self) -> str:
@@ -394,32 +397,32 @@ class GroupLayout:
         return self  # immutable
 
     def _make_tables(self, device: torch.device) -> GroupTables:
-        first = self.num_groups - len(self.groups)
-        group_of = [0] * self.num_categories
-        position_of = [0] * self.num_categories
-        for index, group in enumerate(self.groups, start=first):
-            for position, category in enumerate(group, start=1):
-                group_of[category], position_of[category] = index, position
-        columns = [
-            self.group_starts[group] + position
-            for group, position in zip(group_of, position_of, strict=True)
-        ]
-        front = [0] if self.background == "first" else []
-        back = [0] if self.background == "last" else []
-
-        def tensor(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
+        # Whole groups at a time, so that a graph traced through this stays small.
+        shape = (self.num_categories,)
         with torch.inference_mode(False):  # a cached inference tensor could not enter autograd
+            groups = torch.zeros(shape, dtype=torch.int64, device=device)
+            positions, columns = torch.zeros_like(groups), torch.zeros_like(groups)
+            first = self.num_groups - len(self.groups)
+            for index, group in enumerate(self.groups):
+                members = torch.tensor(group, dtype=torch.int64, device=device)
+                position = torch.arange(1, len(group) + 1, device=device)
+                groups[members] = first + index
+                positions[members] = position
+                columns[members] = self.group_starts[first + index] + position
+            edge = groups.new_zeros(1)
+            front = [edge] if self.background == "first" else []
+            back = [edge] if self.background == "last" else []
             return GroupTables(
+                num_groups=self.num_groups,
+                has_background=self.background is not None,
+                first_category_group=first,
+                foreground_start=self.foreground.start,
                 starts=self.group_starts,
                 sizes=self.group_sizes,
-                has_background=self.background is not None,
-                foreground_start=self.foreground.start,
-                label_groups=tensor(front + group_of + back),
-                label_positions=tensor(front + position_of + back),
-                category_columns=tensor(columns),
-                category_groups=tensor(group_of),
+                label_groups=torch.cat([*front, groups, *back]),
+                label_positions=torch.cat([*front, positions, *back]),
+                category_columns=columns,
+                category_groups=groups,
             )
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -71,12 +70,14 @@ def draw(
     """
     tables = layout.tables(labels.device)
     num_category_groups = tables.num_groups - tables.first_category_group
+    # Graph tracing knows no generators, and with symbolic shapes not even the keyword.
+    source: dict[str, Any] = {} if generator is None else {"generator": generator}
     keys = torch.randint(
         torch.iinfo(torch.int32).max,
         (num_category_groups, labels.shape[0]),
         dtype=torch.int32,
         device=labels.device,
-        generator=generator,
+        **source,
     )
     ops = dispatch.choose(impl, labels.device)
     active: Tensor = ops.sample_others(
@@ -102,7 +103,7 @@ def check_others_ratio(others_ratio: float) -> float:
         raise TypeError(
             f"Expected `others_ratio` to be a number, got {type(others_ratio).__name__}"
         )
-    if math.isnan(others_ratio) or others_ratio < 0:
+    if not others_ratio >= 0:  # nor NaN
         raise ValueError(
             f"Expected `others_ratio` to be non-negative (it may be infinite), got {others_ratio}"
         )

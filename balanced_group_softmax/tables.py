@@ -13,31 +13,13 @@ class GroupTables(NamedTuple):
     it is the background.
     """
 
+    num_groups: int  # G, group 0 included where there is one
+    has_background: bool  # whether group 0 tells background from foreground
+    first_category_group: int  # index of the first group of categories: 1 with group 0, else 0
+    foreground_start: int  # first score column that is a category
     starts: tuple[int, ...]  # [G] first logit column of each group
     sizes: tuple[int, ...]  # [G] columns of each group, `others` included
-    has_background: bool  # whether group 0 tells background from foreground
-    foreground_start: int  # first score column that is a category
     label_groups: Tensor  # int64 [num_labels]: the group a label belongs to; 0 for background
     label_positions: Tensor  # int64 [num_labels]: the label's position in that group
     category_columns: Tensor  # int64 [C]: logit column of each category
     category_groups: Tensor  # int64 [C]: group of each category
-
-    @property
-    def num_groups(self) -> int:
-        """G, group 0 included where there is one."""
-        return len(self.sizes)
-
-    @property
-    def num_logits(self) -> int:
-        """L, the width of a row of logits."""
-        return self.starts[-1] + self.sizes[-1]
-
-    @property
-    def num_labels(self) -> int:
-        """C + 1 with background, C without."""
-        return self.label_groups.shape[0]
-
-    @property
-    def first_category_group(self) -> int:
-        """Index of the first group that holds categories: 1 with background, 0 without."""
-        return int(self.has_background)

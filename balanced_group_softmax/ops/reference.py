@@ -68,11 +68,11 @@ def group_losses(
         if category_weights is not None and not is_group_zero(group, tables):
             own = category_weights_of(labels[rows], category_weights, tables).to(dtype)
             weights = torch.where(groups[rows] == group, weights * own, weights)
+            rows, weights = rows[weights > 0], weights[weights > 0]
         targets = bin_labels(labels[rows], groups[rows], group, tables)
         group_logits = logits[rows, start : start + size].to(dtype)
         cross_entropy = F.cross_entropy(group_logits, targets, reduction="none")
-        counts = weights > 0  # a zero weight must not meet an infinite loss
-        losses.append((cross_entropy[counts] * weights[counts]).sum() / weights.sum().clamp(min=1))
+        losses.append((cross_entropy * weights).sum() / weights.sum().clamp(min=1))
     return torch.stack(losses)
 
 

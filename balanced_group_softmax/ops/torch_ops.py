@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from balanced_group_softmax.ops.reference import (
     bin_labels,
@@ -173,30 +172,52 @@ class _LossOfActiveRows(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(logits, labels, groups, row_weights, category_weights)
         ctx.tables = tables
+        # float16 cannot hold a small gradient that a loss scale has not multiplied yet.
+        ahead = ctx.needs_input_grad[0] and logits.dtype != torch.float16
         losses, ctx.gradient = _losses_and_gradient(
-            logits.detach(),
+            logits,
             labels,
             groups,
             row_weights,
             category_weights,
             tables=tables,
-            with_gradient=ctx.needs_input_grad[0],
+            factors=[1.0] * tables.num_groups if ahead else None,
         )
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # raises after a backward that did not retain the graph
+        factors = grad_losses.tolist()
         # Let go of it: autograd would copy a gradient that is held elsewhere too.
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:  # a second backward through a retained graph
-            _, gradient = _losses_and_gradient(*saved, tables=ctx.tables, with_gradient=True)
-        factors = grad_losses.tolist()
-        for start, size, factor in zip(ctx.tables.starts, ctx.tables.sizes, factors, strict=True):
-            if factor != 1:
-                gradient[:, start : start + size] *= factor
+        if gradient is None:  # float16, or a second backward through a retained graph
+            with torch.no_grad():
+                _, gradient = _losses_and_gradient(*saved, tables=ctx.tables, factors=factors)
+        else:
+            for start, size, factor in zip(
+                ctx.tables.starts, ctx.tables.sizes, factors, strict=True
+            ):
+                if factor != 1:
+                    gradient[:, start : start + size] *= factor
+        if torch.is_grad_enabled():  # create_graph=True
+            gradient = _NotTwiceDifferentiable.apply(gradient, saved[0], grad_losses)
         return gradient, None, None, None, None, None
+
+
+class _NotTwiceDifferentiable(torch.autograd.Function):
+    """The identity, with an error for whoever differentiates it."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "The gradient of grouped_softmax_loss cannot be differentiated again on the CPU's "
+            "fast path; impl='reference' can"
+        )
 
 
 def _losses_and_gradient(
@@ -207,10 +228,11 @@ def _losses_and_gradient(
     category_weights: Tensor | None,
     *,
     tables: GroupTables,
-    with_gradient: bool,
+    factors: list[float] | None,
 ) -> tuple[Tensor, Tensor | None]:
+    """The losses and, if there is a factor for each group, the gradient of their weighted sum."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    gradient = _zeros(logits.shape, logits.dtype) if with_gradient else None
+    gradient = None if factors is None else _zeros(logits.shape, logits.dtype)
     losses = torch.zeros(tables.num_groups, dtype=dtype)
     labels = labels.masked_fill(groups < 0, 0)
     counting = (row_weights > 0) & (groups >= 0)[:, None]
@@ -238,9 +260,9 @@ def _losses_and_gradient(
         else:
             shares = weights[rows, None] / weights.sum().clamp(min=1)
         losses[group] = -(log_likelihood * shares).sum()
-        if gradient is not None:
+        if gradient is not None and factors is not None:
             grad_log_probabilities = torch.zeros_like(log_probabilities)
-            grad_log_probabilities.scatter_(1, targets, -shares)
+            grad_log_probabilities.scatter_(1, targets, -shares * factors[group])
             # The derivative that autograd itself would call, at a third of the time of exp().
             row_gradient = torch._log_softmax_backward_data(
                 grad_log_probabilities, log_probabilities, 1, dtype
@@ -260,4 +282,6 @@ def _zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     each small page once, which at 40 MB takes longer than all the rest of the loss.
     """
     size = shape.numel() * dtype.itemsize
+    if size == 0:
+        return torch.zeros(shape, dtype=dtype)
     return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
