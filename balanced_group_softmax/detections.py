@@ -302,11 +302,9 @@ def _compare(
     iou = intersection / union
     number_format = torch.finfo(boxes.dtype)
     margin = _UNSURE_EPS * number_format.eps
-    clear = (
-        ((iou - threshold).abs() > margin * (iou + threshold))
-        & (torch.minimum(intersection, iou) >= number_format.tiny)
-        & (union <= number_format.max)
-    )
+    # An overflow makes the IoU 0 or NaN, which is not normal either.
+    normal = torch.minimum(intersection, iou) >= number_format.tiny
+    clear = normal & ((iou - threshold).abs() > margin * (iou + threshold))
     return ~apart & clear & (iou > threshold), ~apart & ~clear
 
 
