@@ -12,14 +12,13 @@ worker process of a loader, so that a training script ends with
         raise SystemExit(f"error: {error}")
 """
 
-import math
 import os
 import re
 import reprlib
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import PureWindowsPath
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -182,7 +181,7 @@ class LVISDetection(torch.utils.data.Dataset[tuple[Tensor, Target]]):
         if self._segments is not None:
             masks = [draw_mask(part, width, height) for part in self._segments[span]]
             stacked = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
-            target["masks"] = tv_tensors.Mask(torch.from_numpy(stacked))
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(stacked).contiguous())
         if self.transforms is not None:
             image, target = self.transforms(image, target)
         image = v2.functional.to_dtype(image, torch.float32, scale=True)
@@ -217,7 +216,7 @@ def make_transforms(
         long_side: What the longer side may not exceed.
     """
     steps: list[torch.nn.Module] = []
-    if flip > 0:
+    if flip:
         steps.append(v2.RandomHorizontalFlip(flip))
     if short_side is not None:
         steps.append(v2.Resize(short_side, max_size=long_side, antialias=True))
@@ -251,7 +250,7 @@ def image_names(row: dict[str, Any]) -> list[str]:
                 f"Expected `{key}` of image {row['id']} to be text, got {reprlib.repr(value)}"
             )
         if key == "coco_url":
-            value = "/".join(urlsplit(value).path.split("/")[-2:])
+            value = "/".join(value.split("?")[0].split("/")[-2:])
         names.append(value)
     # COCO 2014 put the split into the name, 2017 into the folder; LVIS v0.5 has the former.
     names += [re.sub(r"^COCO_[a-z]+\d{4}_", "", name.split("/")[-1]) for name in names]
@@ -277,8 +276,7 @@ def find_images(rows: Sequence[dict[str, Any]], folder: str | os.PathLike[str]) 
     paths, missing = [], []
     for row in rows:
         names = image_names(row)
-        found = (name for name in names if os.path.isfile(os.path.join(root, name)))
-        name = next(found, None)
+        name = next((n for n in names if os.path.isfile(os.path.join(root, n))), None)
         if name is None:
             missing.append(f"{names[0]} (image {row['id']})")
             continue
@@ -392,4 +390,6 @@ def read_areas(rows: Sequence[dict[str, Any]], boxes: np.ndarray) -> np.ndarray:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # False for NaN, and for integers beyond float

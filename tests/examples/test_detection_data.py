@@ -276,9 +276,10 @@ URL = "http://images.cocodataset.org/val2017/000000000009.jpg"
          ["COCO_val2014_000000000009.jpg", "val2017/000000000009.jpg", "000000000009.jpg"]),
         ({"file_name": "val2014/COCO_val2014_000000000009.jpg"},
          ["val2014/COCO_val2014_000000000009.jpg", "000000000009.jpg"]),
+        ({"coco_url": "http://[/x/9.jpg?v=1"}, ["x/9.jpg", "9.jpg"]),
         ({"file_name": "..a/b..jpg"}, ["..a/b..jpg", "b..jpg"]),
     ],
-    ids=["file_name", "coco_url", "LVIS v0.5", "2014 in a folder", "dots in names"],
+    ids=["file_name", "coco_url", "LVIS v0.5", "2014 in a folder", "odd URL", "dots in names"],
 )  # fmt: skip
 def test_names_an_image_may_have(row: dict[str, Any], names: list[str]) -> None:
     assert image_names({"id": 1} | row) == names
@@ -384,6 +385,8 @@ BAD = {
     "box null": (with_row("annotations", bbox=[None, 2, 3, 4]), "`bbox` of annotation 1"),
     "area text": (with_row("annotations", area="big"), "`area` of annotation 1 .* got 'big'"),
     "area NaN": (with_row("annotations", area=NAN), "`area` of annotation 1 .* got nan"),
+    "box huge": (with_row("annotations", bbox=[10**400, 2, 3, 4]), "`bbox` of annotation 1"),
+    "area huge": (with_row("annotations", area=10**400), "`area` of annotation 1"),
     "area negative": (with_row("annotations", area=-4), "`area` of annotation 1 .* got -4"),
 }  # fmt: skip
 
