@@ -21,7 +21,7 @@ from bags_oracle import (
     scores,
     weights_of,
 )
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from balanced_group_softmax import (
     grouped_softmax_scores,
     sample_others,
 )
+from balanced_group_softmax.ops import torch_ops
 
 BAD = (ValueError, TypeError)
 IMPLS = ("auto", "torch", "reference")
@@ -267,6 +268,94 @@ def test_lvis_sized_loss_gradient_and_scores(impl: Any) -> None:
     ours = grouped_softmax_scores(logits[:64].detach(), layout, impl=impl)
     assert_close(ours, scores(expected, exact[:64]))
     np.testing.assert_allclose(ours.double().numpy(), scores(expected, exact[:64]), rtol=1e-5)
+
+
+# The path that never waits for a device, on the CPU where it can be looked at ---------------
+
+
+@pytest.fixture
+def _not_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `impl="torch"` does on a GPU and under `torch.compile`."""
+    monkeypatch.setattr(torch_ops, "_can_look_at_values", lambda tensor: False)
+
+
+@pytest.mark.usefixtures("_not_waiting")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(recipes(), ratios(), st.integers(0, 2**31), st.sampled_from([IGNORE, 255, 0]), st.data())
+def test_loss_and_gradient_without_waiting(
+    recipe: Recipe, ratio: float, seed: int, ignore_index: int, data: st.DataObject
+) -> None:
+    labels = data.draw(labelled(recipe, ignore_index=ignore_index))
+    layout, expected = make(recipe), recipe.oracle
+    ids = torch.tensor(labels, dtype=torch.int64)
+    clean = torch.randn(len(labels), layout.num_logits, generator=seeded(seed)) * 2
+    category_weights = torch.rand(layout.num_categories, generator=seeded(seed)) * 3
+    category_weights *= torch.rand(layout.num_categories, generator=seeded(seed + 1)) < 0.8
+    options: dict[str, Any] = {"others_ratio": ratio, "ignore_index": ignore_index}
+    mask = sample_others(ids, layout, generator=seeded(seed), **options)
+    weights = weights_of(
+        expected, labels, mask.numpy(), category_weights.double().numpy(), ignore_index
+    )
+    logits = clean.clone()
+    for group in range(layout.num_groups):
+        dead = torch.from_numpy(weights[:, group] == 0)
+        logits[dead, expected.columns(group)] = math.nan
+    logits.requires_grad_()
+    parts = grouped_softmax_loss(
+        logits,
+        ids,
+        layout,
+        category_weights=category_weights,
+        generator=seeded(seed),
+        reduction="groups",
+        impl="torch",
+        **options,
+    )
+    exact = clean.double().numpy()
+    assert_close(parts, group_losses(expected, exact, labels, weights))
+    (slope,) = torch.autograd.grad(parts.sum(), logits)
+    reference = gradient(expected, exact, labels, weights)
+    assert_close(slope, reference)
+    assert not slope[torch.from_numpy(reference == 0)].any()
+
+
+@pytest.mark.usefixtures("_not_waiting")
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+def test_nan_propagates_without_waiting(value: float) -> None:
+    logits = logits_of()
+    logits[2, 3] = value
+    labels = torch.where(LABELS == IGNORE, 0, LABELS)
+    parts = grouped_softmax_loss(
+        logits, labels, LAYOUT, others_ratio=math.inf, reduction="groups", impl="torch"
+    )
+    assert parts.isfinite().tolist() == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_loss_and_gradient(dynamic: bool) -> None:
+    """Traced in one piece; the values of labels and weights are then not looked at."""
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda logits, labels, weights: grouped_softmax_loss(
+            logits, labels, LAYOUT, weights=weights, reduction="groups"
+        ),
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=dynamic,
+    )
+    weights = torch.rand(ROWS, 5, generator=seeded(0))
+    logits = logits_of().requires_grad_()
+    parts = compiled(logits, LABELS, weights)
+    used = weights_of(ORACLE, LABELS.tolist(), weights.double().numpy())
+    exact = logits.detach().double().numpy()
+    assert_close(parts, group_losses(ORACLE, exact, LABELS.tolist(), used))
+    (slope,) = torch.autograd.grad(parts.sum(), logits)
+    assert_close(slope, gradient(ORACLE, exact, LABELS.tolist(), used))
+    for bad in (9, -1, 2**40):
+        labels = LABELS.clone()
+        labels[3] = bad
+        assert compiled(logits, labels, weights).isnan().all(), bad
+    torch.compiler.reset()
 
 
 # Small facts --------------------------------------------------------------------------------
@@ -740,6 +829,7 @@ def test_nan_upstream_reaches_only_the_rows_that_count(impl: Any) -> None:
     assert logits.grad is not None
     counted = torch.from_numpy(reference_gradient(logits) != 0)
     assert not logits.grad[counted].isfinite().any()
+    assert not logits.grad[~counted].any()
 
 
 @every_impl

@@ -17,7 +17,7 @@ from bags_oracle import (
     recipes,
     weights_of,
 )
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -29,6 +29,7 @@ from balanced_group_softmax import (
     grouped_softmax_loss,
     sample_others,
 )
+from balanced_group_softmax.ops import torch_ops
 
 BAD = (ValueError, TypeError)
 IMPLS = ("auto", "torch", "reference")
@@ -164,6 +165,42 @@ def test_background_may_be_first_or_last(background: Any) -> None:
     assert mask[1, 1]
     assert mask[:, 1].sum() == 2
     assert not mask[:, 2].any()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(recipes(), ratios(), st.sampled_from([IGNORE, 255, 0]), st.integers(0, 2**31), st.data())
+def test_rows_are_the_same_where_no_value_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: Recipe,
+    ratio: float,
+    ignore_index: int,
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    """On a GPU and under `torch.compile` the same keys must choose the same rows."""
+    labels = tensor(data.draw(labelled(recipe, ignore_index=ignore_index)))
+    masks = []
+    for look in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch_ops, "_can_look_at_values", lambda _, look=look: look)
+            masks.append(
+                sample_others(
+                    labels,
+                    make(recipe),
+                    others_ratio=ratio,
+                    ignore_index=ignore_index,
+                    generator=seeded(seed),
+                )
+            )
+    assert torch.equal(*masks)
+
+
+@pytest.mark.parametrize(("n_inside", "ratio", "expected"), [(100, 0.29, 28), (49, 1 / 49, 0)])
+def test_float64_product_where_no_value_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, n_inside: int, ratio: float, expected: int
+) -> None:
+    monkeypatch.setattr(torch_ops, "_can_look_at_values", lambda _: False)
+    assert drawn(n_inside, 200, ratio) == expected
 
 
 # Uniform and independent --------------------------------------------------------------------
