@@ -60,6 +60,7 @@ def annotations(**changes: Any) -> dict[str, Any]:
             box(3, 3, 40, 15, 1, 15, 4),  # reaches out of the image
             box(4, 3, 40, 1, 1, 0.5, 5),  # thinner than a pixel
             box(5, 3, 2, 0, 0, 9, 9, iscrowd=1),
+            box(6, 3, 2, 0, 0, 0.5, 9, iscrowd=1),  # left out once, not twice
         ],
     }
     return data | changes
@@ -93,7 +94,7 @@ def test_items_hold_boxes_and_labels_in_the_models_terms(folder: Path) -> None:
     assert target["area"].tolist() == [20, 60]
     assert target["iscrowd"].tolist() == [0, 0]
     assert target["image_id"] == 3
-    assert data.dropped == {"crowd": 1, "degenerate": 1}
+    assert data.dropped == {"crowd": 2, "degenerate": 1}
     types = {k: v.dtype for k, v in target.items() if k != "image_id"}
     assert types == {
         "boxes": torch.float32,
