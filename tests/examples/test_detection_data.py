@@ -212,6 +212,21 @@ def test_flip_turns_image_boxes_and_masks_together(folder: Path) -> None:
     assert torch.equal(plain[1][1]["boxes"], target["boxes"])  # the data set is as it was
 
 
+def test_a_transform_that_works_in_place_does_not_change_the_data(folder: Path) -> None:
+    def spoil(image: torch.Tensor, target: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+        for value in (image, *(target[k] for k in ("boxes", "labels", "area", "iscrowd", "masks"))):
+            value.zero_()
+        return image, target
+
+    data = LVISDetection(annotations(), folder, masks=True, transforms=spoil)
+    data[1]
+    data.transforms = None
+    image, target = data[1]
+    expected_image, expected = LVISDetection(annotations(), folder, masks=True)[1]
+    assert torch.equal(image, expected_image)
+    assert all(torch.equal(target[k], expected[k]) for k in expected if k != "image_id")
+
+
 def test_resize_keeps_the_aspect_ratio(folder: Path) -> None:
     transform = make_transforms(short_side=24, long_side=1000)
     image, target = LVISDetection(annotations(), folder, masks=True, transforms=transform)[1]
@@ -306,6 +321,7 @@ def test_lvis_images_are_found_in_every_usual_folder(tmp_path: Path, place: str)
         "/etc/passwd",
         "..",
         "C:\\7.png",
+        "C:7.png",
         "..\\7.png",
         "\\7.png",
         "a\0",
