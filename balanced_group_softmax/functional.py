@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from balanced_group_softmax._arguments import as_float
 from balanced_group_softmax.layout import GroupLayout
 from balanced_group_softmax.ops import dispatch
 from balanced_group_softmax.sampling import (
     check_labels,
     check_layout,
-    check_others_ratio,
     draw,
     find_bad_labels,
 )
@@ -81,7 +81,7 @@ def grouped_softmax_loss(
     _check_logits(logits, layout)
     labels = check_labels(labels, layout, ignore_index)
     _check_same_rows(logits, labels)
-    others_ratio = check_others_ratio(others_ratio)
+    others_ratio = as_float(others_ratio, "others_ratio", lowest=0)
     if reduction not in REDUCTIONS:
         raise ValueError(f"Expected `reduction` to be one of {REDUCTIONS}, got {reduction!r}")
     if weights is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from balanced_group_softmax._arguments import as_float, as_int
 from balanced_group_softmax.functional import (
     REDUCTIONS,
     grouped_softmax_loss,
@@ -16,7 +17,7 @@ from balanced_group_softmax.functional import (
 )
 from balanced_group_softmax.layout import Background, GroupLayout
 from balanced_group_softmax.ops.dispatch import check_impl
-from balanced_group_softmax.sampling import check_ignore_index, check_layout, check_others_ratio
+from balanced_group_softmax.sampling import check_layout
 
 LOSS_PREFIX = "loss_cls_"
 
@@ -48,13 +49,12 @@ class BAGSLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_layout(layout)
-        check_ignore_index(ignore_index)
         check_impl(impl)
         if reduction not in REDUCTIONS:
             raise ValueError(f"Expected `reduction` to be one of {REDUCTIONS}, got {reduction!r}")
         self.layout = layout
-        self.others_ratio = check_others_ratio(others_ratio)
-        self.ignore_index = ignore_index
+        self.others_ratio = as_float(others_ratio, "others_ratio", lowest=0)
+        self.ignore_index = as_int(ignore_index, "ignore_index")
         self.reduction = reduction
         self.impl = impl
 
@@ -128,18 +128,12 @@ class BAGSHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(in_features, bool) or not isinstance(in_features, int):
-            raise TypeError(
-                f"Expected `in_features` to be an int, got {type(in_features).__name__}"
-            )
-        if in_features < 1:
-            raise ValueError(f"Expected `in_features` of at least 1, got {in_features}")
+        in_features = as_int(in_features, "in_features", lowest=1)
         check_layout(layout)
-        check_ignore_index(ignore_index)
         check_impl(impl)
         self.layout = layout
-        self.others_ratio = check_others_ratio(others_ratio)
-        self.ignore_index = ignore_index
+        self.others_ratio = as_float(others_ratio, "others_ratio", lowest=0)
+        self.ignore_index = as_int(ignore_index, "ignore_index")
         self.impl = impl
         self.fc = nn.Linear(in_features, layout.num_logits, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()

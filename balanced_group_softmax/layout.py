@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,18 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from balanced_group_softmax import layout_json
+from balanced_group_softmax._arguments import as_int_array, as_int_tuple, as_tuple, shown
 from balanced_group_softmax.tables import GroupTables
 
 Background = Literal["first", "last"] | None
 
 BACKGROUND_GROUP = "bg_fg"
-FORMAT_NAME = "balanced_group_softmax.GroupLayout"
-FORMAT_VERSION = 1
 
 # Far above any data set there is (V3Det has 13,204 categories), far below what hurts.
 MAX_CATEGORIES = 1 << 20
 MAX_TABLE_ENTRIES = 1 << 28  # of `bin_labels`, [G, num_labels]
-MAX_JSON_CHARACTERS = 1 << 26
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,13 +79,13 @@ class GroupLayout:
         object.__setattr__(self, "_tables_by_device", {})
         _check_background(self.background)
         groups = tuple(
-            _as_int_tuple(group, f"groups[{index}]")
-            for index, group in enumerate(_as_tuple(self.groups, "groups"))
+            as_int_tuple(group, f"groups[{index}]")
+            for index, group in enumerate(as_tuple(self.groups, "groups"))
         )
         object.__setattr__(self, "groups", groups)
-        object.__setattr__(self, "names", _as_tuple(self.names, "names"))
+        object.__setattr__(self, "names", as_tuple(self.names, "names"))
         if self.category_ids is not None:
-            ids = _as_int_tuple(self.category_ids, "category_ids")
+            ids = as_int_tuple(self.category_ids, "category_ids")
             object.__setattr__(self, "category_ids", ids)
         self._check_groups()
         self._check_names()
@@ -121,7 +119,7 @@ class GroupLayout:
             ValueError: if counts are empty, negative or not one-dimensional, thresholds are not
                 positive and strictly ascending, or ids are repeated or not as many as counts.
         """
-        count_array = _as_int_array(counts, "counts")
+        count_array = as_int_array(counts, "counts")
         if count_array.size == 0:
             raise ValueError("Expected `counts` of at least one category, got none")
         if count_array.size > MAX_CATEGORIES:
@@ -136,7 +134,7 @@ class GroupLayout:
         bounds = _check_thresholds(thresholds)
         ids = None
         if category_ids is not None:
-            id_array = _as_int_array(category_ids, "category_ids")
+            id_array = as_int_array(category_ids, "category_ids")
             if id_array.size != count_array.size:
                 raise ValueError(
                     f"Expected as many `category_ids` as `counts`, got {id_array.size} ids for "
@@ -241,19 +239,7 @@ class GroupLayout:
 
     def to_json(self) -> str:
         """The layout as JSON text, read back by `from_json`."""
-        return json.dumps(
-            {
-                "format": FORMAT_NAME,
-                "format_version": FORMAT_VERSION,
-                "background": self.background,
-                "num_categories": self.num_categories,
-                "groups": [
-                    {"name": name, "categories": group}
-                    for name, group in zip(self.names, self.groups, strict=True)
-                ],
-                "category_ids": self.category_ids,
-            }
-        )
+        return layout_json.write(self.names, self.groups, self.background, self.category_ids)
 
     @classmethod
     def from_json(cls, text: str) -> GroupLayout:
@@ -264,17 +250,17 @@ class GroupLayout:
             ValueError: if it is not JSON, not a layout, of an unknown version, not consistent,
                 or of absurd size.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"Expected `text` to be a str of JSON, got {type(text).__name__}")
-        if len(text) > MAX_JSON_CHARACTERS:
-            raise ValueError(
-                f"Expected layout JSON of at most {MAX_JSON_CHARACTERS} characters, got {len(text)}"
-            )
+        fields = layout_json.read(text)
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"Expected a layout as JSON, got text that is not: {error}") from None
-        return cls._from_data(data)
+            layout = cls(fields.groups, fields.names, fields.background, fields.category_ids)
+        except TypeError as error:  # to a reader of files a wrong type is a wrong value
+            raise ValueError(f"The layout in the JSON is not valid: {error}") from None
+        if fields.num_categories != layout.num_categories:
+            raise ValueError(
+                f"Expected 'num_categories' {layout.num_categories}, as many as the groups hold, "
+                f"got {shown(fields.num_categories)}"
+            )
+        return layout
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the layout to a JSON file; a file already there is replaced in one step."""
@@ -301,7 +287,7 @@ class GroupLayout:
         """
         path = Path(path)
         size = path.stat().st_size
-        if size > 4 * MAX_JSON_CHARACTERS:
+        if size > 4 * layout_json.MAX_CHARACTERS:
             raise ValueError(f"{path}: expected a layout, got a file of {size} bytes")
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
@@ -328,7 +314,7 @@ class GroupLayout:
             keys = [key for key in state_dict if key == suffix or key.endswith("." + suffix)]
         found: dict[str, GroupLayout] = {}
         for key in keys:
-            text = _extra_state_text(state_dict.get(key))
+            text = layout_json.text_of_extra_state(state_dict.get(key))
             if text is not None:
                 found[key] = cls.from_json(text)
         if not found:
@@ -425,40 +411,6 @@ class GroupLayout:
                 category_groups=groups,
             )
 
-    @classmethod
-    def _from_data(cls, data: Any) -> GroupLayout:
-        if not isinstance(data, dict) or data.get("format") != FORMAT_NAME:
-            raise ValueError(f"Expected a JSON object with 'format': {FORMAT_NAME!r}")
-        version = data.get("format_version")
-        if version != FORMAT_VERSION or isinstance(version, bool):
-            raise ValueError(
-                f"Expected 'format_version' {FORMAT_VERSION}, got {_shown(version)}: the layout "
-                f"was written by another version of the library"
-            )
-        missing = {"background", "num_categories", "groups", "category_ids"} - data.keys()
-        if missing:
-            raise ValueError(f"Expected a layout with {sorted(missing)}, found none in the JSON")
-        groups = data["groups"]
-        if not isinstance(groups, list) or not all(
-            isinstance(group, dict) and {"name", "categories"} <= group.keys() for group in groups
-        ):
-            raise ValueError("Expected 'groups', a list of objects with 'name' and 'categories'")
-        try:
-            layout = cls(
-                groups=tuple(group["categories"] for group in groups),
-                names=tuple(group["name"] for group in groups),
-                background=data["background"],
-                category_ids=data["category_ids"],
-            )
-        except TypeError as error:  # to a reader of files a wrong type is a wrong value
-            raise ValueError(f"The layout in the JSON is not valid: {error}") from None
-        if data["num_categories"] != layout.num_categories:
-            raise ValueError(
-                f"Expected 'num_categories' {layout.num_categories}, as many as the groups hold, "
-                f"got {_shown(data['num_categories'])}"
-            )
-        return layout
-
     def _check_groups(self) -> None:
         if not self.groups:
             raise ValueError("Expected `groups` with at least one group, got none")
@@ -474,7 +426,7 @@ class GroupLayout:
             if any(after <= before for before, after in pairwise(group)):
                 raise ValueError(
                     f"Expected `groups[{index}]` to be ascending without repetition, got "
-                    f"{_shown(group)}"
+                    f"{shown(group)}"
                 )
         seen = np.zeros(total, dtype=bool)
         for index, group in enumerate(self.groups):
@@ -508,10 +460,10 @@ class GroupLayout:
             if not name or "." in name or len(name) > 255 or name == BACKGROUND_GROUP:
                 raise ValueError(
                     f"Expected names[{index}] to be non-empty, without a dot and not "
-                    f"{BACKGROUND_GROUP!r}, got {_shown(name)}"
+                    f"{BACKGROUND_GROUP!r}, got {shown(name)}"
                 )
         if len(set(self.names)) != len(self.names):
-            raise ValueError(f"Expected `names` without repetition, got {_shown(self.names)}")
+            raise ValueError(f"Expected `names` without repetition, got {shown(self.names)}")
 
     def _check_category_ids(self) -> None:
         ids = self.category_ids
@@ -539,12 +491,12 @@ def _check_background(background: object) -> None:
         )
     if background not in ("first", "last", None):
         raise ValueError(
-            f"Expected `background` to be 'first', 'last' or None, got {_shown(background)}"
+            f"Expected `background` to be 'first', 'last' or None, got {shown(background)}"
         )
 
 
 def _check_thresholds(thresholds: Any) -> tuple[int, ...]:
-    bounds = tuple(_as_int_array(thresholds, "thresholds", empty_is_fine=True).tolist())
+    bounds = tuple(as_int_array(thresholds, "thresholds", empty_is_fine=True).tolist())
     for index, bound in enumerate(bounds):
         if bound <= 0:
             raise ValueError(
@@ -556,57 +508,3 @@ def _check_thresholds(thresholds: Any) -> tuple[int, ...]:
                 f"Expected `thresholds` to be strictly ascending, got {after} after {before}"
             )
     return bounds
-
-
-def _as_int_array(values: Any, name: str, *, empty_is_fine: bool = False) -> np.ndarray:
-    """Integers given in any of the usual ways, as a one-dimensional int64 array."""
-    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
-        raise TypeError(f"Expected `{name}` to be a sequence of ints, got {_shown(values)}")
-    if isinstance(values, Tensor):
-        if values.is_meta:
-            raise ValueError(f"Expected `{name}` with values, got a tensor on the meta device")
-        array = values.detach().cpu().numpy()
-    else:
-        try:
-            array = np.asarray(values)
-        except (ValueError, OverflowError):  # ragged, or beyond 64 bits
-            raise ValueError(
-                f"Expected `{name}` to be a flat sequence of 64-bit ints, got {_shown(values)}"
-            ) from None
-    if array.ndim != 1:
-        raise ValueError(f"Expected `{name}` to be one-dimensional, got shape {list(array.shape)}")
-    if array.size == 0:
-        return np.zeros(0, dtype=np.int64)
-    if np.issubdtype(array.dtype, np.floating) and np.isnan(array).any():
-        at = int(np.argmax(np.isnan(array)))
-        raise ValueError(f"Expected `{name}` to be integers, got NaN at position {at}")
-    mixed_bools = isinstance(values, (list, tuple)) and any(isinstance(v, bool) for v in values)
-    if not np.issubdtype(array.dtype, np.integer) or mixed_bools:
-        kind = "bool" if mixed_bools else array.dtype
-        raise TypeError(f"Expected `{name}` to be integers, got {kind}: {_shown(values)}")
-    if array.dtype == np.uint64 and (array > np.iinfo(np.int64).max).any():
-        raise ValueError(f"Expected `{name}` to fit 64-bit signed integers, got {array.max()}")
-    return array.astype(np.int64)
-
-
-def _as_tuple(values: Any, name: str) -> tuple[Any, ...]:
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Sequence):
-        raise TypeError(f"Expected `{name}` to be a sequence, got {_shown(values)}")
-    return tuple(values)
-
-
-def _as_int_tuple(values: Any, name: str) -> tuple[int, ...]:
-    return tuple(_as_int_array(values, name).tolist())
-
-
-def _extra_state_text(state: Any) -> str | None:
-    """The text in an extra state, or None if it is not one of ours."""
-    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.ndim != 1:
-        return None
-    text = bytes(state.cpu().numpy()).decode("utf-8", errors="replace")
-    return text if FORMAT_NAME in text[:200] else None
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from balanced_group_softmax._arguments import as_float, as_int
 from balanced_group_softmax.layout import GroupLayout
 from balanced_group_softmax.ops import dispatch
 
@@ -52,7 +53,7 @@ def sample_others(
     """
     check_layout(layout)
     labels = check_labels(labels, layout, ignore_index)
-    others_ratio = check_others_ratio(others_ratio)
+    others_ratio = as_float(others_ratio, "others_ratio", lowest=0)
     return draw(labels, layout, others_ratio, generator, ignore_index, impl="auto")
 
 
@@ -92,30 +93,6 @@ def check_layout(layout: Any) -> None:
         raise TypeError(f"Expected `layout` to be a GroupLayout, got {type(layout).__name__}")
 
 
-def check_others_ratio(others_ratio: float) -> float:
-    """The ratio as a float.
-
-    Raises:
-        TypeError: if it is not a number.
-        ValueError: if it is negative or NaN.
-    """
-    if isinstance(others_ratio, bool) or not isinstance(others_ratio, (int, float)):
-        raise TypeError(
-            f"Expected `others_ratio` to be a number, got {type(others_ratio).__name__}"
-        )
-    if not others_ratio >= 0:  # nor NaN
-        raise ValueError(
-            f"Expected `others_ratio` to be non-negative (it may be infinite), got {others_ratio}"
-        )
-    return float(others_ratio)
-
-
-def check_ignore_index(ignore_index: int) -> None:
-    """Raise TypeError unless it is an int."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"Expected `ignore_index` to be an int, got {type(ignore_index).__name__}")
-
-
 def check_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tensor:
     """Labels as int64; values are checked where that costs no wait for a device.
 
@@ -123,7 +100,7 @@ def check_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tens
         TypeError: if they are not a tensor of integers.
         ValueError: if they are not one-dimensional or, on the CPU, one is out of range.
     """
-    check_ignore_index(ignore_index)
+    as_int(ignore_index, "ignore_index")
     if not isinstance(labels, Tensor):
         raise TypeError(f"Expected `labels` to be a Tensor, got {type(labels).__name__}")
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:

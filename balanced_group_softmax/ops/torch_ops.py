@@ -7,6 +7,7 @@ nothing but the shapes of the input, so that nothing waits for the device and ev
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -191,7 +192,9 @@ class _LossOfActiveRows(torch.autograd.Function):
         factors = grad_losses.tolist()
         # Let go of it: autograd would copy a gradient that is held elsewhere too.
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:  # float16, or a second backward through a retained graph
+        # None for float16, and in a second backward through a retained graph. An overflowing loss
+        # scale must not meet the zeros of rows that do not count.
+        if gradient is None or not all(map(math.isfinite, factors)):
             with torch.no_grad():
                 _, gradient = _losses_and_gradient(*saved, tables=ctx.tables, factors=factors)
         else:
