@@ -165,7 +165,7 @@ class _Ranking:
         """
         values = self._values
         total = values.shape[0]
-        if total <= 16 * wanted:
+        if total <= 4 * wanted:
             index = (self._scores > self._threshold).nonzero().squeeze(1)
             return self._sorted(index), True
 
@@ -173,7 +173,7 @@ class _Ranking:
         # that many column maxima reach it. Few scores more than those do, as a rule. A column with
         # a NaN has a NaN for its maximum and tells nothing, and the last scores may fill no row;
         # leaving them out only lowers the value.
-        columns = 8 * wanted
+        columns = min(8 * wanted, total // 2)
         maxima = values[: total - total % columns].view(-1, columns).amax(0)
         maxima = torch.where(maxima.isnan(), -math.inf, maxima)
         reached = maxima.topk(wanted, sorted=False).values.amin()

@@ -264,7 +264,7 @@ class TestOtherRounding:
 class TestAdversarial:
     """At sizes where the shortcuts of the shipped constants are taken."""
 
-    # 120 x 200 = 24,000 candidates: more than 16 first looks, so the selection by maxima runs.
+    # 120 x 200 = 24,000 candidates: more than 4 first looks, so the selection by maxima runs.
     ROWS, COLUMNS = 120, 200
 
     @pytest.mark.parametrize("score_threshold", [0.0, 0.05], ids="above {}".format)
