@@ -98,12 +98,13 @@ print(len(found.boxes))
 # --- layers --------------------------------------------------------------------------------------
 
 CORE_MODULES = {"_version", "counts", "detections", "functional", "head", "layout", "sampling"}
-HELPERS = {"layout", "tables", "counts", "detections"}
+HELPERS = {"_arguments", "layout", "tables", "counts", "detections"}
 
 # What each module may import of ours. A module that is not named falls under its folder.
 ALLOWED: dict[str, set[str]] = {
     "": CORE_MODULES,
     "_version": set(),
+    "_arguments": set(),
     # They know tensors and plain integers, no layout.
     "tables": set(),
     "ops.reference": {"tables"},
@@ -112,20 +113,22 @@ ALLOWED: dict[str, set[str]] = {
     "ops.triton_ops": {"tables", "ops.reference", "ops.triton_kernels"},
     "ops.dispatch": {"tables", "ops.reference", "ops.torch_ops", "ops.triton_ops"},
     "ops": set(),
-    "layout": {"tables"},
-    "sampling": {"layout", "tables", "ops.dispatch"},
-    "functional": {"layout", "tables", "ops.dispatch", "sampling"},
-    "head": {"layout", "tables", "ops.dispatch", "sampling", "functional"},
+    "_arguments": set(),
+    "layout_json": set(),
+    "layout": {"_arguments", "layout_json", "tables"},
+    "sampling": {"_arguments", "layout", "tables", "ops.dispatch"},
+    "functional": {"_arguments", "layout", "tables", "ops.dispatch", "sampling"},
+    "head": {"_arguments", "layout", "tables", "ops.dispatch", "sampling", "functional"},
     # They stand beside the head.
     "counts": set(),
-    "detections": set(),
+    "detections": {"_arguments"},
     "rebalance": HELPERS | {"rebalance"},
     "legacy": HELPERS | {"legacy"},
     # Each adapter uses the core and what adapters share, never another adapter.
-    "adapters": CORE_MODULES | {"tables", "adapters.protocol", "adapters.freezing"},
+    "adapters": CORE_MODULES | {"_arguments", "tables", "adapters.protocol", "adapters.freezing"},
     "adapters.protocol": set(),
     "adapters.freezing": set(),
-    "cli": CORE_MODULES | {"tables", "rebalance", "legacy"},
+    "cli": CORE_MODULES | {"_arguments", "tables", "rebalance", "legacy"},
 }
 
 # What may be imported from elsewhere, beside torch, numpy and the standard library.
