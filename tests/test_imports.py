@@ -104,7 +104,6 @@ HELPERS = {"_arguments", "layout", "tables", "counts", "detections"}
 ALLOWED: dict[str, set[str]] = {
     "": CORE_MODULES,
     "_version": set(),
-    "_arguments": set(),
     # They know tensors and plain integers, no layout.
     "tables": set(),
     "ops.reference": {"tables"},
