@@ -445,7 +445,8 @@ BAD_MASKS: dict[str, tuple[Any, str]] = {
     "endless digit": (CODE | {"counts": "P" * 40 + "0"}, "at most 7 digits"),
     "no text": (CODE | {"counts": ""}, "got none"),
     "code too short": (CODE | {"counts": "5"}, "add up to"),
-    "negative runs": (CODE | {"counts": "`7O"}, "add up to"),
+    "control letters": (CODE | {"counts": "\x0f"}, "corrupt code"),
+    "negative runs": (CODE | {"counts": "X6OY1"}, "run lengths >= 0"),  # 200, -1, 41
 }
 
 
