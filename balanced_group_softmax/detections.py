@@ -174,11 +174,18 @@ class _Ranking:
         # a NaN has a NaN for its maximum and tells nothing, and the last scores may fill no row;
         # leaving them out only lowers the value.
         columns = min(8 * wanted, total // 2)
-        maxima = values[: total - total % columns].view(-1, columns).amax(0)
-        maxima = torch.where(maxima.isnan(), -math.inf, maxima)
-        reached = maxima.topk(wanted, sorted=False).values.amin()
-        # NaN scores fail this comparison, too.
-        index = (values >= reached).nonzero().squeeze(1)
+        full = total - total % columns
+        grid = values[:full].view(-1, columns)
+        maxima = grid.amax(0)
+        known = torch.where(maxima.isnan(), -math.inf, maxima)
+        reached = known.topk(wanted, sorted=False).values.amin()
+        # What reaches it is in a column whose maximum does, or is NaN, or in the last scores. NaN
+        # scores fail these comparisons, too.
+        column = (~(maxima < reached)).nonzero().squeeze(1)
+        place = (grid.index_select(1, column) >= reached).nonzero()
+        index = place[:, 0] * columns + column[place[:, 1]]
+        last = (values[full:] >= reached).nonzero().squeeze(1)
+        index = torch.cat([index, last + full])
         if index.shape[0] > 4 * wanted:
             index = self._cut(index, wanted)
         passing = self._scores[index] > self._threshold
