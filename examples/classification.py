@@ -5,7 +5,9 @@ from thousands to a handful (some classes have none), and a balanced test set. A
 convolutional network, trained on other glyphs, is frozen and turns each image into features. Two
 linear classifiers are then trained on the same features, with the same batches, optimiser and
 steps: plain softmax, and `BAGSHead` with `background=None`. The table shows accuracy by training
-count.
+count. Over six seeds BAGS gains 13 to 18 points on classes of fewer than 10 images and 4 to 6 over
+all classes alike; classes of 1000 and more lose 0 to 2, and with them accuracy under the training
+mix, where rare classes hardly count, falls by about 1.
 
     python examples/classification.py
     python examples/classification.py --seeds 0 1 2 3 4 5

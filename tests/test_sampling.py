@@ -9,12 +9,15 @@ import pytest
 import torch
 from bags_oracle import (
     IGNORE,
+    OracleLayout,
     Recipe,
     check_rows_that_count,
     group_losses,
     labelled,
+    number_of_others,
     ratios,
     recipes,
+    rows_in_group,
     weights_of,
 )
 from hypothesis import HealthCheck, example, given, settings
@@ -29,7 +32,7 @@ from balanced_group_softmax import (
     grouped_softmax_loss,
     sample_others,
 )
-from balanced_group_softmax.ops import torch_ops
+from balanced_group_softmax.ops import reference, torch_ops
 
 BAD = (ValueError, TypeError)
 IMPLS = ("auto", "torch", "reference")
@@ -193,6 +196,47 @@ def test_rows_are_the_same_where_no_value_is_looked_at(
                 )
             )
     assert torch.equal(*masks)
+
+
+def smallest_keys(
+    layout: GroupLayout, expected: OracleLayout, labels: list[int], keys: Tensor, ratio: float
+) -> np.ndarray:
+    """The rule for given keys, row by row: the smallest count, the lower row among equals."""
+    mask = np.zeros((len(labels), layout.num_groups), dtype=bool)
+    for group in range(layout.num_groups):
+        inside, others = rows_in_group(expected, labels, group)
+        if expected.is_binary(group):
+            mask[inside + others, group] = True
+            continue
+        own = keys[group - expected.has_binary].tolist()
+        kept = number_of_others(ratio, len(inside), len(others))
+        mask[inside + sorted(others, key=lambda row: (own[row], row))[:kept], group] = True
+    return mask
+
+
+@pytest.mark.parametrize("path", ["reference", "cpu", "no-waiting"])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(recipes(), ratios(), st.integers(0, 2**31), st.sampled_from([1, 3, 2**31 - 1]))
+def test_smallest_keys_count_and_lower_rows_among_equals(
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    recipe: Recipe,
+    ratio: float,
+    seed: int,
+    largest: int,
+) -> None:
+    """Enough rows, and keys equal enough, that a sort that is not stable would show."""
+    monkeypatch.setattr(torch_ops, "_can_look_at_values", lambda _: path == "cpu")
+    layout, rows = make(recipe), 80
+    tables = layout.tables(torch.device("cpu"))
+    labels = torch.randint(0, 4 * layout.num_labels, (rows,), generator=seeded(seed))
+    labels = labels.where(labels < layout.num_labels, IGNORE)
+    size = (layout.num_groups - tables.first_category_group, rows)
+    keys = torch.randint(0, largest, size, dtype=torch.int32, generator=seeded(seed))
+    operations = reference if path == "reference" else torch_ops
+    mask = operations.sample_others(labels, keys, tables, others_ratio=ratio, ignore_index=IGNORE)
+    rule = smallest_keys(layout, recipe.oracle, labels.tolist(), keys, ratio)
+    np.testing.assert_array_equal(mask.numpy(), rule)
 
 
 @pytest.mark.parametrize(("n_inside", "ratio", "expected"), [(100, 0.29, 28), (49, 1 / 49, 0)])
