@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lvis_evaluation import Metrics
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from run_folder import write
 from torch import Tensor
+from torchvision.ops import box_iou, nms
 
 LABELS = {
     "softmax": "softmax",
@@ -103,78 +105,80 @@ def plot_weight_norms(norms: Mapping[str, np.ndarray], counts: Sequence[int]) ->
 
 
 def plot_detections(
-    images: Sequence[Tensor],
+    items: Sequence[tuple[Tensor, Mapping[str, Any]]],
     columns: Mapping[str, Sequence[Mapping[str, Tensor]]],
     names: Sequence[str],
     rare: Sequence[bool],
     *,
-    score_threshold: float = 0.3,
+    score_threshold: float = 0.2,
 ) -> Figure:
-    """Draw boxes on images: a row for each image, a column for each source of boxes.
+    """Draw boxes on images: a row for each image, the annotated boxes first, then detections.
+
+    At each place the detection with the highest score is drawn, with a solid line if it is right
+    (the category of an annotated box, IoU at least 0.5).
 
     Args:
-        images: Float [3, H, W] in [0, 1].
-        columns: By title, for each image `boxes`, `labels` in 1..C and, if detected, `scores`.
+        items: Images, float [3, H, W] in [0, 1], with targets, of which `boxes` and `labels`.
+        columns: By title, for each image `boxes`, `labels` in 1..C and `scores`.
         names: Of the categories, label 1 first.
-        rare: Whether each category is rare; those boxes are thick and filled.
+        rare: Whether each category is rare; their boxes are orange.
         score_threshold: Detections below it are not drawn.
     """
     figure = Figure(
-        figsize=(3.3 * len(columns), 3.3 * len(images) + 0.5), layout="constrained", facecolor="w"
+        figsize=(3.3 * (len(columns) + 1), 3.3 * len(items) + 0.5), layout="constrained"
     )
-    grid = figure.subplots(len(images), len(columns), squeeze=False)
-    for row, image in enumerate(images):
-        for column, (title, boxes) in enumerate(columns.items()):
-            axes = grid[row][column]
-            axes.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="lanczos")
+    grid = figure.subplots(len(items), len(columns) + 1, squeeze=False)
+    for (image, target), row in zip(items, grid, strict=True):
+        for axes in row:
+            axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="bilinear")
             axes.set_axis_off()
-            if row == 0:
-                axes.set_title(title, fontsize=11, color=INK)
-            _draw_boxes(axes, boxes[row], names, rare, score_threshold)
+        for box, label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
+            _draw_box(row[0], box, names[label - 1], rare[label - 1])
+    grid[0][0].set_title("annotated", color=INK)
+    for column, (title, outputs) in enumerate(columns.items(), start=1):
+        grid[0][column].set_title(title, color=INK)
+        for row, (_, target), output in zip(grid, items, outputs, strict=True):
+            kept = nms(output["boxes"], output["scores"], 0.5)
+            kept = kept[output["scores"][kept] >= score_threshold]
+            overlaps = box_iou(output["boxes"][kept], target["boxes"]) >= 0.5
+            same = output["labels"][kept][:, None] == target["labels"]
+            for i, right in zip(kept.tolist(), (overlaps & same).any(dim=1).tolist(), strict=True):
+                label = int(output["labels"][i])
+                text = f"{names[label - 1]} {output['scores'][i]:.2f}"
+                _draw_box(row[column], output["boxes"][i].tolist(), text, rare[label - 1], right)
     figure.supxlabel(
-        f"orange: rare categories. Detections with a score of at least {score_threshold:g}.",
+        "orange: rare category   |   solid: right, dashed: wrong   |   "
+        f"scores of at least {score_threshold:g}",
         fontsize=9,
         color=INK,
     )
     return figure
 
 
-def _draw_boxes(
-    axes: Axes,
-    target: Mapping[str, Tensor],
-    names: Sequence[str],
-    rare: Sequence[bool],
-    score_threshold: float,
-) -> None:
-    labels = target["labels"].tolist()
-    scores = target["scores"].tolist() if "scores" in target else [None] * len(labels)
-    for (x1, y1, x2, y2), label, score in zip(
-        target["boxes"].tolist(), labels, scores, strict=True
-    ):
-        if score is not None and score < score_threshold:
-            continue
-        colour = COLOURS["bags"] if rare[label - 1] else "#ffffff"
-        axes.add_patch(
-            Rectangle(
-                (x1 - 0.5, y1 - 0.5),
-                x2 - x1,
-                y2 - y1,
-                fill=False,
-                edgecolor=colour,
-                linewidth=1.8 if rare[label - 1] else 1.0,
-            )
+def _draw_box(axes: Axes, box: list[float], text: str, rare: bool, right: bool = True) -> None:
+    x1, y1, x2, y2 = box
+    colour = COLOURS["bags"] if rare else "#ffffff"
+    axes.add_patch(
+        Rectangle(
+            (x1 - 0.5, y1 - 0.5),
+            x2 - x1,
+            y2 - y1,
+            fill=False,
+            edgecolor=colour,
+            linewidth=1.8,
+            linestyle="-" if right else (0, (2, 1.5)),
         )
-        text = names[label - 1] + ("" if score is None else f" {score:.2f}")
-        axes.text(
-            x1,
-            y1 - 1.5,
-            text,
-            fontsize=6.5,
-            color=INK,
-            verticalalignment="bottom",
-            clip_on=True,
-            bbox={"facecolor": colour, "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
-        )
+    )
+    axes.text(
+        x1,
+        max(y1 - 1.5, 5),
+        text,
+        fontsize=6.5,
+        color=INK,
+        verticalalignment="bottom",
+        clip_on=True,
+        bbox={"facecolor": colour, "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
+    )
 
 
 def tidy(axes: Axes) -> None:

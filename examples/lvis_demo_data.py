@@ -1,7 +1,7 @@
 """A small long-tailed detection data set in the format of LVIS v1, drawn rather than downloaded.
 
-Fifty categories, each a shape in a colour ("red star"), on cloudy backgrounds. How often each
-occurs in training follows a Zipf law from 2000 instances down to 4, so that every count group of
+Seventy-two categories, each a shape in a colour ("red star"), on cloudy backgrounds. How often each
+occurs in training follows a Zipf law from 2000 instances down to 3, so that every count group of
 Balanced Group Softmax has categories, while the validation set has as many of each. Rare and
 frequent categories share shapes and colours: what the detector learns from frequent ones would
 serve for rare ones, were it not for the classifier. The categories and their counts are the same
@@ -32,12 +32,14 @@ IMAGE_SIZE = 128  # pixels, both sides
 OBJECTS_PER_IMAGE = 5
 RADIUS = (10.0, 26.0)  # pixels
 TILT = 0.4  # radians, to either side
-HUE_DEVIATION = 0.03  # of the circle of hues; colours are 0.2 apart
+HUE_DEVIATION = 0.03  # of the circle of hues; colours are 1/6 apart
 NOISE = 0.05  # standard deviation of a pixel, of the full range
 MAX_OVERLAP = 0.15  # of the smaller box
 VAL_INSTANCES = 20  # of each category
 
-COLOURS = {"red": 0.0, "lime": 0.2, "teal": 0.4, "blue": 0.6, "pink": 0.8}
+COLOURS = {  # hues
+    name: i / 6 for i, name in enumerate(("red", "yellow", "green", "cyan", "blue", "magenta"))
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def outlines() -> dict[str, np.ndarray]:
     angles = np.linspace(0, 2 * np.pi, 32, endpoint=False)
     heart_x = 16 * np.sin(angles) ** 3
     heart_y = sum(a * np.cos(k * angles) for k, a in enumerate((-13, 5, 2, 1), start=1))
+    drop_x = np.cos(angles) * np.where(np.cos(angles) > 0, 1, 0.7)
     outside = np.linspace(-0.65 * np.pi, 0.65 * np.pi, 18)
     inside = np.linspace(0.5 * np.pi, -0.5 * np.pi, 12)
     arm = 0.33
@@ -92,10 +95,12 @@ def outlines() -> dict[str, np.ndarray]:
             [(-1, -0.25), (0.1, -0.25), (0.1, -0.75), (1, 0), (0.1, 0.75), (0.1, 0.25), (-1, 0.25)]
         ),
         "bar": np.array([(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)]),
+        "gear": polygon(1, 1, 0.7, 0.7, corners=24),
+        "drop": np.stack([drop_x, 0.6 * np.sin(angles) * np.sin(angles / 2)], axis=1),
     }
 
 
-def zipf_counts(num: int, most: int = 2000, least: int = 4, shift: float = 2.0) -> list[int]:
+def zipf_counts(num: int, most: int = 2000, least: int = 3, shift: float = 2.0) -> list[int]:
     """Return `num` counts that fall from `most` to `least` as a power of rank + `shift`."""
     ranks = np.arange(1, num + 1) + shift
     exponent = math.log(most / least) / math.log(ranks[-1] / ranks[0])
@@ -104,7 +109,7 @@ def zipf_counts(num: int, most: int = 2000, least: int = 4, shift: float = 2.0) 
 
 
 def demo_categories() -> list[Category]:
-    """Return the fifty categories, the most frequent first, in a fixed random order."""
+    """Return the categories, the most frequent first, in a fixed random order."""
     looks = [(shape, colour) for shape in outlines() for colour in COLOURS]
     order = np.random.default_rng(100).permutation(len(looks))
     shuffled = [looks[i] for i in order]

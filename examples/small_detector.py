@@ -116,6 +116,9 @@ class BoxPredictor(nn.Module):
     def __init__(self, in_features: int, num_labels: int) -> None:
         super().__init__()
         self.cls_score = nn.Linear(in_features, num_labels)
+        # Small weights as in the original, so that their norms tell what was learned.
+        nn.init.normal_(self.cls_score.weight, std=0.01)
+        nn.init.zeros_(self.cls_score.bias)
         self.bbox_pred = SharedBoxRegression(in_features, num_labels)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:

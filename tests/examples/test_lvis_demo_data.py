@@ -21,7 +21,7 @@ from balanced_group_softmax import GroupLayout, category_counts
 FEW = [
     demo.Category("star", "red", 12),
     demo.Category("disc", "blue", 5),
-    demo.Category("bar", "teal", 1),
+    demo.Category("bar", "cyan", 1),
 ]
 
 

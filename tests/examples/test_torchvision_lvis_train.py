@@ -1,0 +1,333 @@
+"""The training example from end to end: what it writes, on drawn and on real annotations."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("lvis")
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import figures
+import lvis_demo_data
+import torchvision_lvis_train as example
+from PIL import Image
+from render_annotations import render
+from run_folder import make_run_folder, write_text
+
+from balanced_group_softmax import GroupLayout, category_counts
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+FEW = [
+    lvis_demo_data.Category("star", "red", 30),
+    lvis_demo_data.Category("disc", "blue", 12),
+    lvis_demo_data.Category("bar", "cyan", 2),
+]
+SHORT = ["--steps", "2", "--finetune-steps", "2", "--batch-size", "2"]
+FILES = {
+    *("metrics.json", "run.json", "table.md", "layout.json"),
+    *("softmax.pt", "softmax_continued.pt", "bags.pt"),
+    *("ap_per_group.png", "weight_norms.png", "detections.png"),
+}
+KEYS = {
+    *("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"),
+    *("AR", "ARs", "ARm", "ARl"),
+}
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("few") / "data"
+    lvis_demo_data.write_demo_data(folder, 0, categories=FEW, val_instances=2)
+    return folder
+
+
+def own_data(folder: Path, split: str = "train") -> list[str]:
+    option = {"train": "", "val": "val-"}[split]
+    paths = (folder / f"{split}.json", folder / split)
+    names = (f"--{option}annotations", f"--{option}images")
+    return [text for name, path in zip(names, paths, strict=True) for text in (name, str(path))]
+
+
+@pytest.fixture(scope="module")
+def finished(few, tmp_path_factory) -> Path:
+    """The run folder of a run without data arguments, on fewer and smaller data."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lvis_demo_data, "demo_categories", lambda: FEW)
+        assert example.main([*SHORT, "--output", str(folder)]) == 0
+    return folder
+
+
+def test_run_folder_holds_all_results_and_nothing_else(finished):
+    assert {path.name for path in finished.iterdir()} == FILES | {"data"}
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert list(metrics) == ["softmax", "softmax_continued", "bags"]
+    for values in metrics.values():
+        assert values.keys() == KEYS | {"AP_0_10", "AP_10_100"}
+        assert all(value is None or 0 <= value <= 100 for value in values.values())
+    for name in ("ap_per_group.png", "weight_norms.png", "detections.png"):
+        with Image.open(finished / name) as picture:
+            assert min(picture.size) > 300
+    lines = (finished / "table.md").read_text().splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 5
+    settings = json.loads((finished / "run.json").read_text())
+    assert (settings["seed"], settings["steps"]) == (0, 2)
+
+
+def test_layout_is_that_of_the_training_counts_and_of_the_checkpoint(finished):
+    counts = category_counts(finished / "data" / "train.json")
+    layout = GroupLayout.from_counts(counts, category_ids=[1, 2, 3])
+    assert GroupLayout.load(finished / "layout.json") == layout
+    state = torch.load(finished / "bags.pt", weights_only=True)
+    assert GroupLayout.from_state_dict(state, prefix=example.CLASSIFIER) == layout
+
+
+@pytest.mark.parametrize("name", ["softmax_continued", "bags"])
+def test_stage_two_changes_the_classifier_alone(finished, name):
+    before = torch.load(finished / "softmax.pt", weights_only=True)
+    after = torch.load(finished / f"{name}.pt", weights_only=True)
+    rest = {key for key in before if not key.startswith(example.CLASSIFIER)}
+    assert rest == {key for key in after if not key.startswith(example.CLASSIFIER)}
+    assert any("running_mean" in key for key in rest)
+    for key in rest:
+        assert before[key].equal(after[key]), key
+
+
+def test_stage_two_changes_the_classifier(finished):
+    before, after = (
+        torch.load(finished / f"{name}.pt", weights_only=True)[f"{example.CLASSIFIER}weight"]
+        for name in ("softmax", "softmax_continued")
+    )
+    assert not before.equal(after)
+
+
+def test_frozen_entries_that_change_are_an_error():
+    before, after = (torch.nn.BatchNorm1d(2) for _ in range(2))
+    example.check_frozen(before, after)
+    after(torch.randn(3, 2))
+    with pytest.raises(RuntimeError, match="running_mean"):
+        example.check_frozen(before, after)
+
+
+def test_both_classifiers_of_stage_two_see_the_same_batches_and_rois(few, monkeypatch):
+    seen: list[list[Any]] = []
+
+    class Recorder(torch.nn.Module):
+        def __init__(self, draws: int) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.draws = draws
+            seen.append([])
+
+        def forward(self, images, targets):
+            seen[-1] += [image.sum().item() for image in images] + [torch.rand(()).item()]
+            torch.rand(self.draws)  # as one loss may draw more than the other
+            return {"loss": self.weight * 1}
+
+    args = example.parse_arguments(["--batch-size", "2"])
+    data = example.LVISDetection(
+        few / "train.json", few / "train", transforms=example.make_transforms(flip=0.5)
+    )
+    for draws in (0, 5):
+        model = Recorder(draws)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        example.train(model, optimizer, data, args, steps=9, stage=2, name="recorder")
+    assert seen[0] == seen[1]
+    assert len(set(seen[0])) > 9
+
+
+def test_same_seed_same_weights(few, tmp_path):
+    states = []
+    for name in ("a", "b"):
+        arguments = [*SHORT, *own_data(few), "--output", str(tmp_path / name)]
+        assert example.main(arguments) == 0
+        states.append(torch.load(tmp_path / name / "bags.pt", weights_only=True))
+    for key, value in states[0].items():
+        assert value.equal(states[1][key]), key
+
+
+def test_real_annotations_with_rendered_images(lvis_data, tmp_path, capsys):
+    path = lvis_data / "lvis_val_100.json"
+    render(path, tmp_path / "images")
+    arguments = ["--annotations", str(path), "--images", str(tmp_path / "images")]
+    run = tmp_path / "run"
+    assert example.main([*SHORT, *arguments, "--image-size", "96", "--output", str(run)]) == 0
+    assert {entry.name for entry in run.iterdir()} == FILES
+    printed = capsys.readouterr().out
+    assert "No --val-annotations: evaluating on the training images." in printed
+    assert "1230 categories" in printed
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["bags"]["AP"] is not None
+    state = torch.load(run / "bags.pt", weights_only=True)
+    layout = GroupLayout.load(run / "layout.json")
+    assert state[f"{example.CLASSIFIER}fc.weight"].shape[0] == layout.num_logits
+
+
+def coco(few: Path, folder: Path) -> Path:
+    """The same data as COCO has it: no counts, no frequencies, no lists of absence."""
+    data = json.loads((few / "train.json").read_text())
+    for row in data["categories"]:
+        for key in ("image_count", "instance_count", "frequency"):
+            del row[key]
+    for row in data["images"]:
+        del row["neg_category_ids"], row["not_exhaustive_category_ids"]
+    data["annotations"][0]["iscrowd"] = 1
+    path = folder / "coco.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_coco_annotations_and_a_validation_set(few, tmp_path):
+    path = coco(few, tmp_path)
+    arguments = ["--annotations", str(path), "--images", str(few / "train"), *own_data(few, "val")]
+    assert example.main([*SHORT, *arguments, "--output", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["bags"]["AP_0_10"] is not None
+
+
+def test_default_run_folder_is_new_each_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = make_run_folder(None, "name")
+    assert folder.parent == Path("runs")
+    assert folder.name.startswith("name-")
+    assert (tmp_path / folder).is_dir()
+
+
+def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    write_text(tmp_path / "a.txt", "whole")
+
+    def break_off(partial: Path) -> None:
+        partial.write_text("ha")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        example.figures.write(tmp_path / "a.txt", break_off)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "whole"
+
+
+# --- what a user can get wrong: one line, exit code 2, nothing lost -----------------------------
+
+
+def fails(arguments: list[str], capsys) -> str:
+    assert example.main([*SHORT, *arguments]) == 2
+    printed = capsys.readouterr().err.splitlines()
+    return next(line for line in printed if line.startswith("error: "))
+
+
+def test_a_folder_that_holds_another_run_is_left_alone(finished, few, capsys):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    line = fails([*own_data(few), "--output", str(finished)], capsys)
+    assert str(finished) in line
+    assert "new or empty" in line
+    assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+def test_an_output_that_is_a_file(few, tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_text("kept")
+    assert "got a file" in fails([*own_data(few), "--output", str(path)], capsys)
+    assert path.read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--annotations", "a.json"], "`--images` together"),
+        (["--val-annotations", "a.json"], "`--val-images` together"),
+        (["--val-annotations", "a.json", "--val-images", "b"], "with `--val-annotations`"),
+        (["--annotations", "absent.json", "--images", "."], "absent.json"),
+        (["--annotations", "cut.json", "--images", "."], "cut.json"),
+        (["--annotations", "none.json", "--images", "."], "none.json"),
+        (["--annotations", "train.json", "--images", "absent"], "absent"),
+        (["--annotations", "train.json", "--images", "."], "9 of 9 images are not there"),
+        (["--annotations", "train.json", "--images", "broken"], "000001.jpg"),
+        (["--device", "nonsense"], "`--device` to be usable"),
+    ],
+    ids=[
+        *("no images", "no val images", "val alone", "no file", "cut", "no categories"),
+        *("no folder", "no images there", "corrupt image", "device"),
+    ],
+)
+def test_bad_input(few, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    text = (few / "train.json").read_text()
+    Path("train.json").write_text(text)
+    Path("cut.json").write_text(text[: len(text) // 2])
+    Path("none.json").write_text(json.dumps({**json.loads(text), "categories": []}))
+    Path("broken").mkdir()
+    for image in (few / "train").iterdir():
+        (Path("broken") / image.name).write_bytes(image.read_bytes()[:200])
+    if "--device" in arguments:
+        arguments = [*arguments, *own_data(few)]
+    before = {path.name for path in tmp_path.iterdir()}
+    assert message in fails([*arguments, "--output", "run"], capsys)
+    assert {path.name for path in tmp_path.iterdir()} - before <= {"run"}
+
+
+def test_validation_annotations_of_other_categories(few, tmp_path, capsys):
+    data = json.loads((few / "val.json").read_text())
+    data["categories"].append({"id": 99, "name": "more", "frequency": "r"})
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps(data))
+    val = ["--val-annotations", str(path), "--val-images", str(few / "val")]
+    line = fails([*own_data(few), *val, "--output", str(tmp_path / "run")], capsys)
+    assert "got 4 categories for 3" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "option", [["--steps", "0"], ["--lr", "nan"], ["--lr", "-1"], ["--batch-size", "two"]], ids=str
+)
+def test_bad_options(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        example.main(option)
+    assert stop.value.code == 2
+    assert option[0] in capsys.readouterr().err
+
+
+def test_divergence_is_told_in_a_line(few, tmp_path, capsys):
+    arguments = [*own_data(few), "--steps", "20", "--lr", "1e30", "--output", str(tmp_path / "run")]
+    assert "diverged at step" in fails(arguments, capsys)
+
+
+# --- small parts --------------------------------------------------------------------------------
+
+
+def test_softmax_is_evaluated_on_the_detections_of_torchvision():
+    torch.manual_seed(0)
+    model = example.small_faster_rcnn(5, 64).eval()
+    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.5)
+    model.roi_heads.score_thresh = 0.05
+    images = [torch.rand(3, 64, 80), torch.rand(3, 70, 64)]
+    with torch.inference_mode():
+        plain, converted = model(images), example.with_same_postprocessing(model)(images)
+    for wanted, got in zip(plain, converted, strict=True):
+        assert len(wanted["boxes"]) > 10
+        for key, value in wanted.items():
+            torch.testing.assert_close(got[key], value)
+
+
+def test_category_columns_are_those_of_the_layout():
+    layout = GroupLayout.from_counts([3, 2500, 40, 7, 600])
+    columns = example.category_columns(layout)
+    for category, column in enumerate(columns, start=1):
+        bins = layout.bin_labels[1:, category]
+        group = int(bins.argmax())
+        assert column == layout.group_starts[1 + group] + int(bins[group])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("0_10", "0 to 9"), ("100_1000", "100 to 999"), ("1000_inf", "1000 and more"), ("x", "x")],
+)
+def test_count_range(name, text):
+    assert figures.count_range(name) == text
