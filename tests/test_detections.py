@@ -462,6 +462,13 @@ class TestEffort:
             assert len(found.scores) == 300
             assert sum(compared) < 15_000, kind
             compared.clear()
+        # A NaN here and there does not spoil the shortcut.
+        scores = random_scores("uniform", 1000, LVIS_V1_CATEGORIES, generator=generator)
+        scores[::100, ::100] = float("nan")
+        select_detections(boxes, scores, score_threshold=0.0, nms_threshold=0.5, max_detections=300)
+        assert len(compared) == 1
+        assert sum(compared) < 5_000
+        compared.clear()
         # No second look where the first shows that nothing is left above the threshold.
         scores = random_scores("uniform", 1000, LVIS_V1_CATEGORIES, generator=generator)
         assert 0 < (scores > 0.9999).sum() < 300
