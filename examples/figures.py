@@ -114,8 +114,9 @@ def plot_detections(
 ) -> Figure:
     """Draw boxes on images: a row for each image, the annotated boxes first, then detections.
 
-    At each place the detection with the highest score is drawn, with a solid line if it is right
-    (the category of an annotated box, IoU at least 0.5).
+    At each place the detection with the highest score is drawn, and the right one (the category of
+    an annotated box, IoU at least 0.5) if that is another; right ones have a solid line and their
+    label below.
 
     Args:
         items: Images, float [3, H, W] in [0, 1], with targets, of which `boxes` and `labels`.
@@ -138,14 +139,20 @@ def plot_detections(
     for column, (title, outputs) in enumerate(columns.items(), start=1):
         grid[0][column].set_title(title, color=INK)
         for row, (_, target), output in zip(grid, items, outputs, strict=True):
-            kept = nms(output["boxes"], output["scores"], 0.5)
-            kept = kept[output["scores"][kept] >= score_threshold]
-            overlaps = box_iou(output["boxes"][kept], target["boxes"]) >= 0.5
-            same = output["labels"][kept][:, None] == target["labels"]
-            for i, right in zip(kept.tolist(), (overlaps & same).any(dim=1).tolist(), strict=True):
-                label = int(output["labels"][i])
-                text = f"{names[label - 1]} {output['scores'][i]:.2f}"
-                _draw_box(row[column], output["boxes"][i].tolist(), text, rare[label - 1], right)
+            detected = {
+                key: value[output["scores"] >= score_threshold] for key, value in output.items()
+            }
+            overlaps = box_iou(detected["boxes"], target["boxes"]) >= 0.5
+            matches = overlaps & (detected["labels"][:, None] == target["labels"])
+            right = matches.any(dim=1)
+            best = nms(detected["boxes"], detected["scores"], 0.5).tolist()
+            # Detections are sorted by score: the first match of each annotated box is its best.
+            found = [int(hit.nonzero()[0]) for hit in matches.T if hit.any()]
+            for i in sorted({*best, *found}):
+                label = int(detected["labels"][i])
+                text = f"{names[label - 1]} {detected['scores'][i]:.2f}"
+                box = detected["boxes"][i].tolist()
+                _draw_box(row[column], box, text, rare[label - 1], bool(right[i]))
     figure.supxlabel(
         "orange: rare category   |   solid: right, dashed: wrong   |   "
         f"scores of at least {score_threshold:g}",
@@ -157,6 +164,7 @@ def plot_detections(
 
 def _draw_box(axes: Axes, box: list[float], text: str, rare: bool, right: bool = True) -> None:
     x1, y1, x2, y2 = box
+    bottom = axes.get_ylim()[0]
     colour = COLOURS["bags"] if rare else "#ffffff"
     axes.add_patch(
         Rectangle(
@@ -171,11 +179,11 @@ def _draw_box(axes: Axes, box: list[float], text: str, rare: bool, right: bool =
     )
     axes.text(
         x1,
-        max(y1 - 1.5, 5),
+        min(y2 + 0.5, bottom - 7) if right else max(y1 - 1.5, 7),  # inside the picture
         text,
         fontsize=6.5,
         color=INK,
-        verticalalignment="bottom",
+        verticalalignment="top" if right else "bottom",
         clip_on=True,
         bbox={"facecolor": colour, "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
     )
