@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timing import CLOCKS, Timing, environment, interleave, markdown_table, write_json
+from timing import CLOCKS, Timing, environment, hold_memory, interleave, markdown_table, write_json
 from torch import Tensor
 
 from balanced_group_softmax import GroupLayout, grouped_softmax_loss
@@ -238,7 +238,7 @@ def measure(
     return Result(rows, foreground, sum(live) / BUFFERS, timings)
 
 
-def tables(results: list[Result], ours: list[str], clock: str) -> str:
+def tables(results: list[Result], ours: list[str], options: argparse.Namespace) -> str:
     """Medians in milliseconds, then how ours compares with each alternative."""
     names = list(results[0].milliseconds)
     peers = [name for name in names if name not in ours]
@@ -251,9 +251,10 @@ def tables(results: list[Result], ours: list[str], clock: str) -> str:
             cells = [f"{median[own] / median[peer]:.2f}" for peer in peers]
             relative.append([own, *place, *cells, f"{median['original'] / median[own]:.1f}"])
     head = ["rows", "foreground", "live"]
+    settings = f"{options.clock} clock, memory {options.memory}"
     return "\n\n".join(
         [
-            f"Loss + backward, median milliseconds ({clock} clock):",
+            f"Loss + backward, median milliseconds ({settings}):",
             markdown_table([*head, *names], absolute),
             "Time of ours / time of the alternative; last: how many times faster than `original`:",
             markdown_table(["", *head, *peers, "x original"], relative),
@@ -278,6 +279,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default="wall",
         help="cpu: processor time, for a machine that others use too",
     )
+    parser.add_argument(
+        "--memory",
+        choices=["adaptive", "kept", "returned"],
+        default="adaptive",
+        help="freed memory: kept as in a long-running process, returned to the system as in a "
+        "fresh one, or as the C library sees fit",
+    )
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--max-seconds", type=float, default=20.0, help="per size")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile")
@@ -293,6 +301,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict[str, object]:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
+    hold_memory(options.memory)
     device = torch.device(options.device)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -314,7 +323,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
         for rows in options.rows
     ]
     ours = [name for name in losses if name.startswith("bags")]
-    print("\n" + tables(results, ours, options.clock))
+    print("\n" + tables(results, ours, options))
     print("\nSkipped: " + "; ".join(skipped))
     record: dict[str, object] = {
         "benchmark": "loss + backward",
@@ -322,6 +331,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
         "dtype": options.dtype,
         "others_ratio": OTHERS_RATIO,
         "clock": options.clock,
+        "memory": options.memory,
         "environment": facts,
         "results": results,
         "skipped": skipped,

@@ -5,6 +5,7 @@ machine falls on all of them alike. The clean-up that a caller does between call
 gradient) is not timed.
 """
 
+import ctypes
 import gc
 import json
 import platform
@@ -32,6 +33,30 @@ class Timing:
     upper_quartile: float
     minimum: float
     runs: int
+
+
+def hold_memory(how: str) -> None:
+    """Settles what glibc does with freed memory, which otherwise depends on what ran before.
+
+    A block above a threshold is handed back to the system when it is freed, and its pages fault
+    anew at the next allocation. The threshold adapts: it rises to the size of the largest block
+    freed so far, up to 32 MB. So the same cross-entropy can take three times as long in a process
+    that has only just begun as in one that has freed larger tensors, as training always has.
+
+    Args:
+        how: "kept": the threshold is 32 MB, as it comes to be in a training process; "returned":
+            128 KB, as in a fresh process; "adaptive": left alone, so that figures depend on the
+            order of the sizes.
+    """
+    if how == "adaptive":
+        return
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    size = {"kept": 32 << 20, "returned": 128 << 10}[how]
+    library.mallopt(mmap_threshold, size)
+    library.mallopt(trim_threshold, 2 * size)
 
 
 def _synchronize(device: torch.device) -> None:
