@@ -107,7 +107,8 @@ ALLOWED: dict[str, set[str]] = {
     # They know tensors and plain integers, no layout.
     "tables": set(),
     "ops.reference": {"tables"},
-    "ops.torch_ops": {"tables", "ops.reference"},
+    "ops.cpu_ops": {"tables", "ops.reference"},
+    "ops.torch_ops": {"tables", "ops.reference", "ops.cpu_ops"},
     "ops.triton_kernels": set(),
     "ops.triton_ops": {"tables", "ops.reference", "ops.triton_kernels"},
     "ops.dispatch": {"tables", "ops.reference", "ops.torch_ops", "ops.triton_ops"},
