@@ -1,4 +1,4 @@
-"""The pictures of a run: AP per count group, classifier weight norms, detections."""
+"""What is shown of a run: its table, AP per count group, weight norms, detections."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,10 +20,25 @@ LABELS = {
 }
 COLOURS = {"softmax": "#8d99ae", "softmax_continued": "#5b6b8c", "bags": "#e07a2f"}
 INK = "#2b2d42"
+TABLE = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR")
 
 
 def save(figure: Figure, path: Path) -> None:
     write(path, lambda partial: figure.savefig(partial, dpi=130, facecolor="white"))
+
+
+def make_table(metrics: Mapping[str, Metrics], group_names: Sequence[str]) -> str:
+    """Return the methods side by side, as Markdown."""
+    keys = [*TABLE, *(f"AP_{name}" for name in group_names)]
+    titles = [*TABLE, *(f"AP {count_range(name)}" for name in group_names)]
+    lines = [
+        "| |" + "|".join(f" {title} " for title in titles) + "|",
+        "|---|" + "---:|" * len(keys),
+    ]
+    for method, values in metrics.items():
+        cells = ["-" if values[key] is None else f"{values[key]:.1f}" for key in keys]
+        lines.append(f"| {LABELS[method]} |" + "|".join(f" {c} " for c in cells) + "|")
+    return "\n".join(lines) + "\n"
 
 
 def plot_ap_per_group(
@@ -61,14 +76,18 @@ def plot_ap_per_group(
     return figure
 
 
-def plot_weight_norms(norms: Mapping[str, np.ndarray], counts: Sequence[int]) -> Figure:
+def plot_weight_norms(
+    norms: Mapping[str, np.ndarray], counts: Sequence[int], groups: Sequence[Sequence[int]]
+) -> Figure:
     """Draw the norm of each category's row in the classifier, the most frequent category first.
 
-    Figure 1 of the paper (Li et al., CVPR 2020): softmax gives frequent categories large weights.
+    A dot for each category, a line for the mean of each count group. After figure 1 of the paper
+    (Li et al., CVPR 2020), where softmax gives frequent categories larger weights.
 
     Args:
         norms: Of each method, [C].
         counts: Training instances of each category.
+        groups: The categories of each group, as positions in `counts`.
     """
     figure = Figure(figsize=(8, 3.8), layout="constrained")
     axes = figure.subplots()
@@ -80,17 +99,18 @@ def plot_weight_norms(norms: Mapping[str, np.ndarray], counts: Sequence[int]) ->
     instances.set_yscale("log")
     instances.set_ylim(bottom=0.5)
     instances.set_ylabel("training instances (area)")
-    marker = "o" if len(order) <= 200 else None
+    place = np.empty(len(order))
+    place[order] = ranks
     for method, values in norms.items():
-        axes.plot(
-            ranks,
-            np.asarray(values)[order],
-            color=COLOURS[method],
-            label=LABELS[method],
-            marker=marker,
-            markersize=3.5,
-            linewidth=1.4,
-        )
+        colour = COLOURS[method]
+        size = 16 if len(order) <= 200 else 3
+        axes.scatter(place, values, s=size, color=colour, alpha=0.75, label=LABELS[method])
+        for members in groups:
+            some = list(members)
+            if some:
+                ends = [place[some].min() - 0.4, place[some].max() + 0.4]
+                mean = float(np.mean(np.asarray(values)[some]))
+                axes.plot(ends, [mean, mean], color=colour, linewidth=2.2, solid_capstyle="butt")
     axes.set_zorder(instances.get_zorder() + 1)
     axes.patch.set_visible(False)
     axes.set_xlim(0.5, len(order) + 0.5)

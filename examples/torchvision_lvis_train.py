@@ -44,7 +44,6 @@ from balanced_group_softmax.adapters.torchvision import convert_classifier, conv
 CLASSIFIER = "roi_heads.box_predictor.cls_score."
 WARM_UP = 20  # steps
 MAX_GRADIENT_NORM = 35.0  # as the original
-TABLE = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR")
 
 
 @dataclass
@@ -112,7 +111,7 @@ def run(args: argparse.Namespace, data: Data, folder: Path, device: torch.device
     models = {"softmax": softmax, "softmax_continued": continued, "bags": bags}
     metrics = {name: evaluate(model, data, args, name) for name, model in models.items()}
     write_json(folder / "metrics.json", metrics)
-    table = make_table(metrics, list(data.groups))
+    table = figures.make_table(metrics, list(data.groups))
     write_text(folder / "table.md", table)
     draw(folder, models, metrics, data)
     settings = {
@@ -294,20 +293,6 @@ def evaluate(model: nn.Module, data: Data, args: argparse.Namespace, name: str) 
     )
 
 
-def make_table(metrics: dict[str, Metrics], group_names: Sequence[str]) -> str:
-    """Return the methods side by side, as Markdown."""
-    keys = [*TABLE, *(f"AP_{name}" for name in group_names)]
-    titles = [*TABLE, *(f"AP {figures.count_range(name)}" for name in group_names)]
-    lines = [
-        "| |" + "|".join(f" {title} " for title in titles) + "|",
-        "|---|" + "---:|" * len(keys),
-    ]
-    for method, values in metrics.items():
-        cells = ["-" if values[key] is None else f"{values[key]:.1f}" for key in keys]
-        lines.append(f"| {figures.LABELS[method]} |" + "|".join(f" {c} " for c in cells) + "|")
-    return "\n".join(lines) + "\n"
-
-
 @torch.inference_mode()
 def draw(
     folder: Path, models: dict[str, nn.Module], metrics: dict[str, Metrics], data: Data
@@ -321,7 +306,10 @@ def draw(
         "softmax": category_norms(models["softmax"], range(1, data.layout.num_labels)),
         "bags": category_norms(models["bags"], category_columns(data.layout)),
     }
-    figures.save(figures.plot_weight_norms(norms, data.counts), folder / "weight_norms.png")
+    figures.save(
+        figures.plot_weight_norms(norms, data.counts, data.layout.groups),
+        folder / "weight_norms.png",
+    )
 
     # The first validation images with two rare objects, not those where one method looks well.
     rare = [data.frequencies[i] == "r" for i in data.val.category_ids]

@@ -1,0 +1,74 @@
+"""Average runs of `torchvision_lvis_train.py` on the same categories, such as several seeds.
+
+    python examples/summarise_runs.py RUN RUN ... [--picture ap_per_group.png]
+
+prints the table of their means, and what Balanced Group Softmax gains in each run.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+import figures
+from lvis_evaluation import Metrics
+
+from balanced_group_softmax import GroupLayout
+
+GAINS = ("AP", "APr", "APc", "APf")
+
+
+def mean_metrics(runs: Sequence[dict[str, Metrics]]) -> dict[str, Metrics]:
+    """Return the mean of each metric over runs; None where a run has none."""
+    means: dict[str, Metrics] = {}
+    for method, metrics in runs[0].items():
+        means[method] = {}
+        for key in metrics:
+            values = [run[method][key] for run in runs]
+            known = [value for value in values if value is not None]
+            means[method][key] = mean(known) if len(known) == len(values) else None
+    return means
+
+
+def gains(runs: Sequence[dict[str, Metrics]]) -> str:
+    """Return what BAGS gains over the others in each run, as Markdown."""
+    lines = ["| gain | mean | each run |", "|---|---:|---|"]
+    for other in ("softmax", "softmax_continued"):
+        for key in GAINS:
+            pairs = [(run["bags"][key], run[other][key]) for run in runs]
+            values = [ours - theirs for ours, theirs in pairs if None not in (ours, theirs)]  # type: ignore[operator]
+            if values:
+                each = ", ".join(f"{value:+.1f}" for value in values)
+                title = f"{key} over {figures.LABELS[other]}"
+                lines.append(f"| {title} | {mean(values):+.1f} | {each} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw AP per group here")
+    args = parser.parse_args(argv)
+    try:
+        layouts = [GroupLayout.load(run / "layout.json") for run in args.runs]
+        runs = [json.loads((run / "metrics.json").read_text("utf-8")) for run in args.runs]
+        if len(set(layouts)) > 1:
+            raise ValueError("Expected runs with the same layout of groups, got different ones")
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    layout, means = layouts[0], mean_metrics(runs)
+    print(figures.make_table(means, layout.names))
+    print(gains(runs))
+    if args.picture is not None:
+        sizes = [len(members) for members in layout.groups]
+        figures.save(figures.plot_ap_per_group(means, layout.names, sizes), args.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
