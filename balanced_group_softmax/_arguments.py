@@ -19,7 +19,7 @@ def as_int(value: Any, name: str, *, lowest: int | None = None) -> int:
         ValueError: if it is below `lowest`.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"Expected `{name}` to be an int, got {type(value).__name__}")
+        raise TypeError(f"Expected `{name}` to be an integer, got {type(value).__name__}")
     if lowest is not None and value < lowest:
         raise ValueError(f"Expected `{name}` of at least {lowest}, got {value}")
     return int(value)

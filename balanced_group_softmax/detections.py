@@ -8,13 +8,13 @@ survive, in the end all, so its result is always that of the exhaustive computat
 """
 
 import math
-import operator
 from collections.abc import Callable
-from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from balanced_group_softmax._arguments import as_float, as_int
 
 __all__ = ["Detections", "select_detections"]
 
@@ -109,10 +109,10 @@ def select_detections(
         (tensor([0, 2, 1]), tensor([0, 1, 1]))
     """
     _check_tensors(boxes, scores)
-    score_threshold = _number(score_threshold, "score_threshold")
-    nms_threshold = _number(nms_threshold, "nms_threshold", lowest=0.0, highest=1.0)
-    min_size = _number(min_size, "min_size", lowest=0.0)
-    max_detections = _count(max_detections, "max_detections")
+    score_threshold = as_float(score_threshold, "score_threshold")
+    nms_threshold = as_float(nms_threshold, "nms_threshold", lowest=0.0, highest=1.0)
+    min_size = as_float(min_size, "min_size", lowest=0.0)
+    max_detections = as_int(max_detections, "max_detections", lowest=0)
 
     boxes, scores = boxes.detach(), scores.detach()
     num_categories = scores.shape[1]
@@ -375,25 +375,3 @@ def _check_tensors(boxes: Tensor, scores: Tensor) -> None:
         raise ValueError(
             f"Expected `boxes` and `scores` on one device, got {boxes.device} and {scores.device}"
         )
-
-
-def _number(value: float, name: str, lowest: float = -math.inf, highest: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"Expected `{name}` to be a number, got {type(value).__name__}")
-    number = float(value)
-    if not lowest <= number <= highest:  # a NaN fails this as well
-        expected = "a number" if lowest == -math.inf else f"in [{lowest:g}, {highest:g}]"
-        raise ValueError(f"Expected `{name}` to be {expected}, got {number}")
-    return number
-
-
-def _count(value: int, name: str) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool | Tensor):
-        raise TypeError(f"Expected `{name}` to be an integer, got {type(value).__name__}")
-    if number < 0:
-        raise ValueError(f"Expected `{name}` to be at least 0, got {number}")
-    return number

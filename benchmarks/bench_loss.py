@@ -228,6 +228,7 @@ def measure(
     timings = interleave(
         calls,
         rounds=options.rounds,
+        burst=options.burst,
         warmup=BUFFERS,
         device=device,
         after=forget,
@@ -251,7 +252,7 @@ def tables(results: list[Result], ours: list[str], options: argparse.Namespace) 
             cells = [f"{median[own] / median[peer]:.2f}" for peer in peers]
             relative.append([own, *place, *cells, f"{median['original'] / median[own]:.1f}"])
     head = ["rows", "foreground", "live"]
-    settings = f"{options.clock} clock, memory {options.memory}"
+    settings = f"{options.clock} clock, memory {options.memory}, bursts of {options.burst}"
     return "\n\n".join(
         [
             f"Loss + backward, median milliseconds ({settings}):",
@@ -286,14 +287,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="freed memory: kept as in a long-running process, returned to the system as in a "
         "fresh one, or as the C library sees fit",
     )
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument(
+        "--burst",
+        type=int,
+        default=8,
+        help="runs in a row; 1: every run finds the caches full of another alternative's work",
+    )
     parser.add_argument("--max-seconds", type=float, default=20.0, help="per size")
     parser.add_argument("--compile", action="store_true", help="also time torch.compile")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, 25 %% foreground only")
     parser.add_argument("--json", type=Path, help="write the record here")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.rounds, options.max_seconds = min(options.rounds, 40), 5.0
+        options.rounds, options.max_seconds = min(options.rounds, 10), 5.0
         options.foreground = [0.25]
     return options
 
@@ -332,6 +339,7 @@ def main(arguments: list[str] | None = None) -> dict[str, object]:
         "others_ratio": OTHERS_RATIO,
         "clock": options.clock,
         "memory": options.memory,
+        "burst": options.burst,
         "environment": facts,
         "results": results,
         "skipped": skipped,

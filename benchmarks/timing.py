@@ -1,8 +1,8 @@
 """Fair timing of alternatives: interleaved rounds, medians, and a record of the machine.
 
-Every round runs each alternative once, in an order shuffled anew, so that a slow spell of the
-machine falls on all of them alike. The clean-up that a caller does between calls (dropping a
-gradient) is not timed.
+Every round runs each alternative, once or in a burst, in an order shuffled anew, so that a slow
+spell of the machine falls on all of them alike. The clean-up that a caller does between calls
+(dropping a gradient) is not timed.
 """
 
 import ctypes
@@ -68,6 +68,7 @@ def interleave(
     calls: Mapping[str, Call],
     *,
     rounds: int,
+    burst: int = 1,
     warmup: int = 3,
     device: torch.device | None = None,
     after: Callable[[int], object] | None = None,
@@ -75,12 +76,14 @@ def interleave(
     clock: str = "wall",
     max_seconds: float = float("inf"),
 ) -> dict[str, Timing]:
-    """Times every call `rounds` times, in interleaved and shuffled order.
+    """Times every call `rounds` times `burst`, in interleaved and shuffled order.
 
     Args:
         calls: Name of each alternative -> a function of the round number, which picks the input
             buffer; every alternative sees the same numbers.
-        rounds: Timed runs of each alternative.
+        rounds: Turns of each alternative.
+        burst: Timed runs in each turn, one after the other. With 1 every run starts with caches
+            full of another alternative's code and data; with more, the median is that of a loop.
         warmup: Untimed runs of each alternative before the first timed one.
         device: Where the work happens; a CUDA device is waited for on both sides of a call.
         after: Called, untimed, with the round number after every call.
@@ -106,14 +109,15 @@ def interleave(
         for turn in range(rounds):
             shuffle(names)
             for name in names:
-                _synchronize(where)
-                start = now()
-                result = calls[name](turn)
-                _synchronize(where)
-                times[name].append((now() - start) / 1e6)
-                del result
-                if after is not None:
-                    after(turn)
+                for run in range(turn * burst, (turn + 1) * burst):
+                    _synchronize(where)
+                    start = now()
+                    result = calls[name](run)
+                    _synchronize(where)
+                    times[name].append((now() - start) / 1e6)
+                    del result
+                    if after is not None:
+                        after(run)
             if turn >= 2 and time.perf_counter() - began > max_seconds:
                 break
     finally:
