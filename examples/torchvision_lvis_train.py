@@ -381,11 +381,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def whole(least: int) -> Any:
+def whole(least: int, most: int = 2**31) -> Any:
     def parse(text: str) -> int:
         value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"Expected at least {least}, got {text}")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"Expected {least} to {most}, got {text}")
         return value
 
     parse.__name__ = "integer"  # argparse names it in its message

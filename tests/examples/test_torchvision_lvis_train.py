@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import figures
 import lvis_demo_data
+import summarise_runs
 import torchvision_lvis_train as example
 from PIL import Image
 from render_annotations import render
@@ -285,7 +286,15 @@ def test_validation_annotations_of_other_categories(few, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "option", [["--steps", "0"], ["--lr", "nan"], ["--lr", "-1"], ["--batch-size", "two"]], ids=str
+    "option",
+    [
+        ["--steps", "0"],
+        ["--seed", "9" * 30],
+        ["--lr", "nan"],
+        ["--lr", "-1"],
+        ["--batch-size", "two"],
+    ],
+    ids=str,
 )
 def test_bad_options(option, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -331,3 +340,33 @@ def test_category_columns_are_those_of_the_layout():
 )
 def test_count_range(name, text):
     assert figures.count_range(name) == text
+
+
+# --- several runs -------------------------------------------------------------------------------
+
+
+def test_summary_of_runs_averages_and_subtracts(finished, tmp_path, capsys):
+    for name, ap in (("a", 10.0), ("b", 20.0)):
+        (tmp_path / name).mkdir()
+        layout = (finished / "layout.json").read_text()
+        (tmp_path / name / "layout.json").write_text(layout)
+        keys = [*figures.TABLE, "AP_0_10", "AP_10_100"]
+        softmax = dict.fromkeys(keys, ap) | {"APl": None}
+        metrics = {
+            "softmax": softmax,
+            "softmax_continued": softmax,
+            "bags": dict.fromkeys(keys, ap + 3),
+        }
+        (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
+    picture = tmp_path / "picture.png"
+    runs = [str(tmp_path / name) for name in ("a", "b")]
+    assert summarise_runs.main([*runs, "--picture", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "| softmax | 15.0 | 15.0 | 15.0 | 15.0 | 15.0 | - | 15.0 |" in printed
+    assert "| APr over softmax, continued | +3.0 | +3.0, +3.0 |" in printed
+    assert picture.stat().st_size > 1000
+
+
+def test_summary_of_what_is_no_run(tmp_path, capsys):
+    assert summarise_runs.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
