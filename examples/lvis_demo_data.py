@@ -35,7 +35,7 @@ TILT = 0.4  # radians, to either side
 HUE_DEVIATION = 0.03  # of the circle of hues; colours are 1/6 apart
 NOISE = 0.05  # standard deviation of a pixel, of the full range
 MAX_OVERLAP = 0.15  # of the smaller box
-VAL_INSTANCES = 20  # of each category
+VAL_INSTANCES = 40  # of each category
 
 COLOURS = {  # hues
     name: i / 6 for i, name in enumerate(("red", "yellow", "green", "cyan", "blue", "magenta"))
