@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -43,20 +44,22 @@ def as_float(
     return value
 
 
-def as_int_array(values: Any, name: str, *, empty_is_fine: bool = False) -> np.ndarray:
+def as_int_array(values: Any, name: str) -> np.ndarray:
     """Integers given in any of the usual ways, as a one-dimensional int64 array."""
     if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__len__"):
         raise TypeError(f"Expected `{name}` to be a sequence of ints, got {shown(values)}")
     if isinstance(values, Tensor):
-        if values.is_meta:
-            raise ValueError(f"Expected `{name}` with values, got a tensor on the meta device")
-        array = values.detach().cpu().numpy()
+        if values.is_meta or values.layout != torch.strided:
+            kind = "on the meta device" if values.is_meta else f"of layout {values.layout}"
+            raise ValueError(f"Expected `{name}` as a plain tensor with values, got one {kind}")
+        floating = values.dtype.is_floating_point  # NumPy does not know all of these types
+        array = (values.double() if floating else values).detach().cpu().numpy()
     else:
         try:
             array = np.asarray(values)
-        except (ValueError, OverflowError):  # ragged, or beyond 64 bits
+        except (ValueError, OverflowError):  # ragged
             raise ValueError(
-                f"Expected `{name}` to be a flat sequence of 64-bit ints, got {shown(values)}"
+                f"Expected `{name}` to be a flat sequence of integers, got {shown(values)}"
             ) from None
     if array.ndim != 1:
         raise ValueError(f"Expected `{name}` to be one-dimensional, got shape {list(array.shape)}")
@@ -65,10 +68,13 @@ def as_int_array(values: Any, name: str, *, empty_is_fine: bool = False) -> np.n
     if np.issubdtype(array.dtype, np.floating) and np.isnan(array).any():
         at = int(np.argmax(np.isnan(array)))
         raise ValueError(f"Expected `{name}` to be integers, got NaN at position {at}")
+    if array.dtype == object and all(type(value) is int for value in array):
+        largest = max(array, key=abs)
+        raise ValueError(f"Expected `{name}` to fit 64-bit integers, got {shown(largest)}")
     mixed_bools = isinstance(values, (list, tuple)) and any(isinstance(v, bool) for v in values)
     if not np.issubdtype(array.dtype, np.integer) or mixed_bools:
-        kind = "bool" if mixed_bools else array.dtype
-        raise TypeError(f"Expected `{name}` to be integers, got {kind}: {shown(values)}")
+        got = "bool" if mixed_bools else str(array.dtype)
+        raise TypeError(f"Expected `{name}` to be integers, got {got}: {shown(values)}")
     if array.dtype == np.uint64 and (array > np.iinfo(np.int64).max).any():
         raise ValueError(f"Expected `{name}` to fit 64-bit signed integers, got {array.max()}")
     return array.astype(np.int64)

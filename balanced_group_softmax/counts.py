@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["MAX_FILE_BYTES", "category_counts", "category_ids", "read_annotations"]
 
-MAX_FILE_BYTES = 16 * 2**30
+MAX_FILE_BYTES = 8 * 2**30
 """Largest annotation file that is read, in bytes; the largest public sets stay below 6 GB."""
 
 _ID_LIMIT = 2**63  # ids and counts end up in int64 tensors
@@ -158,6 +158,11 @@ def _load(source: Source) -> tuple[Any, str]:
         raise ValueError(
             f"{path}: Expected an annotation file of at most {MAX_FILE_BYTES} bytes, got {size}"
         )
+    with path.open("rb") as file:
+        beginning = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if beginning and beginning[:1] not in b"{[":
+        # Said before gigabytes of something else are read.
+        raise ValueError(f"{path}: Expected JSON, got a file that starts {beginning[:20]!r}")
     # The garbage collector walks the growing millions of objects again and again, none of which it
     # can free: parsing is 2.7 times faster without it.
     collecting = gc.isenabled()

@@ -18,6 +18,7 @@ from balanced_group_softmax.sampling import (
 )
 
 REDUCTIONS = ("sum", "groups")
+LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def grouped_softmax_loss(
@@ -153,8 +154,11 @@ def grouped_softmax_scores(logits: Tensor, layout: GroupLayout, *, impl: str = "
 def _check_logits(logits: Tensor, layout: GroupLayout) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"Expected `logits` to be a Tensor, got {type(logits).__name__}")
-    if not logits.dtype.is_floating_point:
-        raise TypeError(f"Expected `logits` of a floating-point dtype, got {logits.dtype}")
+    if logits.dtype not in LOGIT_DTYPES:
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in LOGIT_DTYPES)
+        raise TypeError(f"Expected `logits` of one of the dtypes {kinds}, got {logits.dtype}")
+    if logits.layout != torch.strided:
+        raise TypeError(f"Expected `logits` to be a dense tensor, got {logits.layout}")
     if logits.ndim != 2 or logits.shape[1] != layout.num_logits:
         raise ValueError(
             f"Expected `logits` of shape [R, {layout.num_logits}], as wide as the layout of "

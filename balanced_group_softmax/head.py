@@ -157,10 +157,10 @@ class BAGSHead(nn.Module):
         Each category keeps its row. With background, `others` of every group and the background
         column start as the background row (most rows of "others" are background), and the
         foreground column as the mean of the category rows with log C added to its bias, the
-        logsumexp of C equal logits. Of the choices measured on a trained detector this gave the
-        best scores, before and after training, of those that need no more than the classifier.
-        Without background `others` starts at zero, which makes the first scores exactly those
-        of the softmax classifier.
+        logsumexp of C equal logits. On a trained detector this led to the best head after a
+        short training, of the starts tried that need no more than the classifier
+        (docs/method.md). Without background `others` starts at zero, which makes the first
+        scores exactly those of the softmax classifier.
 
         Args:
             linear: maps features to one logit for each label, in the layout's label convention
@@ -193,9 +193,10 @@ class BAGSHead(nn.Module):
             bias=bias,
             ignore_index=ignore_index,
             impl=impl,
-            device=linear.weight.device if device is None else device,
+            device="meta",  # fresh weights would only move the random state
             dtype=linear.weight.dtype if dtype is None else dtype,
         )
+        head.to_empty(device=linear.weight.device if device is None else device)
         biases = linear.bias
         if biases is None:
             biases = linear.weight.new_zeros(linear.out_features)
@@ -272,11 +273,17 @@ class BAGSHead(nn.Module):
         """Raise ValueError if the entries under `prefix` are for another layout or width.
 
         Loading does so by itself before it copies a weight of the head; a whole detector calls
-        it before it copies any. Entries that are absent are no concern of it.
+        it before it copies any. Entries that are absent are no concern of it: whether they may be
+        is what `strict` says, which torch looks at in the end.
         """
         state = state_dict.get(prefix + "_extra_state")
         if state is not None:
-            theirs = GroupLayout.from_state_dict({"_extra_state": state})
+            try:
+                theirs = GroupLayout.from_state_dict({"_extra_state": state})
+            except ValueError as error:
+                raise ValueError(
+                    f"Expected a layout in {prefix}_extra_state of the checkpoint: {error}"
+                ) from None
             differences = self.layout.differences(theirs)
             if differences:
                 raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -211,7 +211,7 @@ class GroupLayout:
         position, counted from 1, or 0 (`others`) when the label is background or belongs to
         another group.
         """
-        table = torch.zeros(self.num_groups, self.num_labels, dtype=torch.int64)
+        table = torch.zeros(self.num_groups, self.num_labels, dtype=torch.int64, device="cpu")
         offset = self.foreground.start
         if self.background is not None:
             table[0, self.foreground] = 1
@@ -265,16 +265,12 @@ class GroupLayout:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the layout to a JSON file; a file already there is replaced in one step."""
         path = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(self.to_json() + "\n")
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes private files
-            os.replace(temporary, path)
+            partial.write_text(self.to_json() + "\n", encoding="utf-8")
+            partial.replace(path)
         except BaseException:
-            os.unlink(temporary)
+            partial.unlink(missing_ok=True)
             raise
 
     @classmethod
@@ -286,6 +282,8 @@ class GroupLayout:
             ValueError: if it does not hold a layout; the message names the file.
         """
         path = Path(path)
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path}: expected a layout in a file, got a folder or device")
         size = path.stat().st_size
         if size > 4 * layout_json.MAX_CHARACTERS:
             raise ValueError(f"{path}: expected a layout, got a file of {size} bytes")
@@ -307,6 +305,10 @@ class GroupLayout:
         Raises:
             ValueError: if there is no layout, or there are different ones.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"Expected `state_dict` to be a mapping, got {type(state_dict).__name__}"
+            )
         suffix = "_extra_state"
         if prefix:
             keys = [prefix + suffix, f"{prefix}.{suffix}"]
@@ -428,24 +430,15 @@ class GroupLayout:
                     f"Expected `groups[{index}]` to be ascending without repetition, got "
                     f"{shown(group)}"
                 )
-        seen = np.zeros(total, dtype=bool)
+        group_of: dict[int, int] = {}
         for index, group in enumerate(self.groups):
-            if not group:
-                continue
-            if group[0] < 0 or group[-1] >= total:
-                outside = group[0] if group[0] < 0 else group[-1]
-                raise ValueError(
-                    f"Expected `groups` to hold each of 0..{total - 1} once, got {outside} in "
-                    f"groups[{index}]"
-                )
-            members = np.asarray(group)
-            if seen[members].any():
-                twice = int(members[seen[members]][0])
-                raise ValueError(
-                    f"Expected `groups` to hold each of 0..{total - 1} once, got {twice} again "
-                    f"in groups[{index}]"
-                )
-            seen[members] = True
+            for category in group:
+                if category in group_of or not 0 <= category < total:
+                    raise ValueError(
+                        f"Expected `groups` to hold each of 0..{total - 1} once, got {category} "
+                        f"{'again ' if category in group_of else ''}in groups[{index}]"
+                    )
+                group_of[category] = index
 
     def _check_names(self) -> None:
         if len(self.names) != len(self.groups):
@@ -496,7 +489,7 @@ def _check_background(background: object) -> None:
 
 
 def _check_thresholds(thresholds: Any) -> tuple[int, ...]:
-    bounds = tuple(as_int_array(thresholds, "thresholds", empty_is_fine=True).tolist())
+    bounds = tuple(as_int_array(thresholds, "thresholds").tolist())
     for index, bound in enumerate(bounds):
         if bound <= 0:
             raise ValueError(

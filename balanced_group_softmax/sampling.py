@@ -69,6 +69,10 @@ def draw(
 
     The keys are drawn whatever the labels are, so a step moves the random state by R and G alone.
     """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"Expected `generator` to be a torch.Generator or None, got {type(generator).__name__}"
+        )
     tables = layout.tables(labels.device)
     num_category_groups = tables.num_groups - tables.first_category_group
     # Graph tracing knows no generators, and with symbolic shapes not even the keyword.
@@ -110,8 +114,8 @@ def check_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tens
     labels = labels.long()
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         # The extremes alone tell that all is well, as it nearly always is.
-        values = labels.numpy()
-        if labels.numel() and (values.min() < 0 or values.max() >= layout.num_labels):
+        lowest, highest = labels.aminmax() if labels.numel() else (0, 0)
+        if lowest < 0 or highest >= layout.num_labels:
             bad = find_bad_labels(labels, layout, ignore_index)
             if bool(bad.any()):
                 row = int(bad.int().argmax())

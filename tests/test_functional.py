@@ -1197,3 +1197,19 @@ def test_triton_on_cpu_says_why_not() -> None:
 def test_oracle_is_of_the_same_layout() -> None:
     assert isinstance(ORACLE, OracleLayout)
     assert ORACLE.sizes == LAYOUT.group_sizes
+
+
+def test_logits_that_cannot_be_computed_with_are_refused() -> None:
+    layout = GroupLayout.from_counts([3, 50])
+    labels = torch.zeros(2, dtype=torch.int64)
+    float8 = torch.zeros(2, layout.num_logits).to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"float16, bfloat16, float32, float64, got .*float8"):
+        grouped_softmax_loss(float8, labels, layout)
+    with pytest.raises(TypeError, match=r"dense tensor, got torch\.sparse_coo"):
+        grouped_softmax_scores(torch.zeros(2, layout.num_logits).to_sparse(), layout)
+
+
+def test_a_generator_must_be_one() -> None:
+    layout = GroupLayout.from_counts([3, 50])
+    with pytest.raises(TypeError, match=r"torch\.Generator or None, got int"):
+        sample_others(torch.zeros(2, dtype=torch.int64), layout, generator=3)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import shutil
+import sysconfig
 import warnings
 from pathlib import Path
 
@@ -202,6 +203,9 @@ class TestFromLinear:
         nn.init.zeros_(linear.weight)
         assert torch.equal(head.fc.weight, before)
         assert head.fc.weight.requires_grad
+        random_state = torch.get_rng_state()
+        BAGSHead.from_linear(linear, layout)
+        assert torch.equal(torch.get_rng_state(), random_state)
 
     def test_what_does_not_fit_is_refused(self, layout: GroupLayout) -> None:
         with pytest.raises(ValueError, match=r"9 outputs.*got 8"):
@@ -284,7 +288,7 @@ class TestCheckpoint:
             with pytest.raises(ValueError, match="layout"):
                 head.load_state_dict({**head.state_dict(), "_extra_state": corrupt})
 
-    def test_plain_classifier_is_missing_the_layout(self, head: BAGSHead) -> None:
+    def test_layout_that_went_missing(self, head: BAGSHead) -> None:
         state = {k: v for k, v in head.state_dict().items() if k != "_extra_state"}
         with pytest.raises(RuntimeError, match=r"Missing key.*_extra_state"):
             head.load_state_dict(state)
@@ -338,6 +342,16 @@ class TestSurvives:
         assert head.fc.weight.grad.isfinite().all()
         assert head.fc.weight.grad.any()
 
+    def test_default_device_elsewhere(self, head: BAGSHead) -> None:
+        labels = torch.tensor([0, 1, 2])
+        logits = torch.zeros(3, head.layout.num_logits, requires_grad=True)
+        with torch.device("meta"):
+            assert head.layout.bin_labels.device.type == "cpu"
+            loss = head.loss(logits, labels)
+            scores = head.scores(logits)
+        loss.backward()
+        assert loss.device == scores.device == logits.grad.device == torch.device("cpu")
+
     def test_inference_mode_then_training(
         self, layout: GroupLayout, features: Tensor, labels: Tensor
     ) -> None:
@@ -356,6 +370,16 @@ class TestSurvives:
         (gradient,) = torch.autograd.grad(loss(parameters), parameters["fc.bias"])
         assert gradient.any()
 
+        def of_weights(parameters: dict[str, Tensor], labels: Tensor) -> Tensor:
+            logits = torch.func.functional_call(head, parameters, (features,))
+            return grouped_softmax_loss(
+                logits, labels, head.layout, others_ratio=float("inf"), impl="reference"
+            )
+
+        by_transform = torch.func.grad(of_weights)(parameters, labels)
+        (expected,) = torch.autograd.grad(of_weights(parameters, labels), parameters["fc.bias"])
+        assert torch.allclose(by_transform["fc.bias"], expected)
+
     @pytest.mark.parametrize(
         "backend",
         [
@@ -363,7 +387,9 @@ class TestSurvives:
             pytest.param(
                 "inductor",
                 marks=pytest.mark.skipif(
-                    shutil.which("g++") is None, reason="inductor needs a C++ compiler"
+                    shutil.which("g++") is None
+                    or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
+                    reason="inductor needs a C++ compiler and Python's headers",
                 ),
             ),
         ],

@@ -526,3 +526,29 @@ def test_needed_fields_of_the_json(name: str) -> None:
 def test_from_state_dict_without_a_layout_says_so() -> None:
     with pytest.raises(BAD):
         GroupLayout.from_state_dict({"fc.weight": torch.zeros(3, 4)})
+
+
+@pytest.mark.parametrize(
+    ("counts", "error", "said"),
+    [
+        ([10**30, 1], ValueError, "fit 64-bit integers, got 1000"),
+        (torch.ones(2, dtype=torch.bfloat16), TypeError, "to be integers, got float64"),
+        (torch.ones(2, dtype=torch.int64).to_sparse(), ValueError, "of layout torch.sparse_coo"),
+    ],
+    ids=["beyond 64 bits", "bfloat16", "sparse"],
+)
+def test_unusual_counts_are_refused(counts: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        GroupLayout.from_counts(counts)
+
+
+def test_loading_from_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="got a folder or device"):
+        GroupLayout.load(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        GroupLayout.load(tmp_path / "none.json")
+
+
+def test_a_state_dict_must_be_one() -> None:
+    with pytest.raises(TypeError, match="`state_dict` to be a mapping, got NoneType"):
+        GroupLayout.from_state_dict(None)  # type: ignore[arg-type]

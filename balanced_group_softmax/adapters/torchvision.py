@@ -106,12 +106,12 @@ class ClassifierRoIHeads(RoIHeads):
             labels = target.get("labels")
             # Looking at values on an accelerator would wait for it.
             if isinstance(labels, Tensor) and labels.device.type == "cpu" and labels.numel() > 0:
-                highest = int(labels.max())
-                if highest > num_categories:
-                    raise ValueError(
-                        f"Expected `targets[{index}]['labels']` in [1, {num_categories}], "
-                        f"got {highest}"
-                    )
+                for label in (int(labels.min()), int(labels.max())):
+                    if not 1 <= label <= num_categories:
+                        raise ValueError(
+                            f"Expected `targets[{index}]['labels']` in [1, {num_categories}], "
+                            f"got {label}"
+                        )
 
     def select_training_samples(
         self, proposals: list[Tensor], targets: list[dict[str, Tensor]] | None

@@ -1,4 +1,4 @@
-"""The loss on the CPU: only rows that count are looked at, and the gradient is written in forward.
+"""Draw and loss on the CPU: only rows that count are read, and forward writes the gradient.
 
 Labels and rows are NumPy's affair, whose calls cost a fraction of torch's at a few thousand
 elements; the few large matrices are torch's.
@@ -177,7 +177,7 @@ def _losses_and_gradient(
                 group_gradient.copy_(row_gradient)
             else:
                 group_gradient.index_copy_(0, row_index, row_gradient.to(gradient.dtype))
-    return torch.tensor(losses, dtype=dtype), gradient
+    return torch.tensor(losses, dtype=dtype, device="cpu"), gradient
 
 
 def _groups_and_positions(
@@ -222,5 +222,5 @@ def _zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """
     size = shape.numel() * dtype.itemsize
     if size == 0:
-        return torch.zeros(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype, device="cpu")
     return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)

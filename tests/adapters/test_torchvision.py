@@ -239,11 +239,13 @@ def test_images_without_objects_train_background_alone(model: nn.Module) -> None
     assert losses["loss_box_reg"] == 0
 
 
-def test_labels_out_of_range(model: nn.Module) -> None:
+@pytest.mark.parametrize("label", [NUM_CATEGORIES + 1, 0, -1])
+def test_labels_out_of_range(model: nn.Module, label: int) -> None:
     convert_to_bags(model, LAYOUT).train()
     targets = make_targets()[::-1]
-    targets[1]["labels"][2] = NUM_CATEGORIES + 1
-    with pytest.raises(ValueError, match=r"targets\[1\]\['labels'\]` in \[1, 8\], got 9"):
+    targets[1]["labels"][2] = label
+    said = rf"targets\[1\]\['labels'\]` in \[1, {NUM_CATEGORIES}\], got {label}$"
+    with pytest.raises(ValueError, match=said):
         model(make_images(), targets)
 
 
