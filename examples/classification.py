@@ -21,6 +21,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from softmax_classifier import SoftmaxClassifier
 from torch import Tensor, nn
 
 from balanced_group_softmax import BAGSHead, GroupLayout
@@ -136,18 +137,8 @@ def make_data(counts: list[int], seed: int) -> tuple[Split, Split]:
     )
 
 
-class PlainSoftmax(nn.Linear):
-    """The baseline: a linear classifier with cross-entropy."""
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels)
-
-    def scores(self, logits: Tensor) -> Tensor:
-        return logits.softmax(dim=1)
-
-
 def train(
-    classifier: PlainSoftmax | BAGSHead, data: Split, seed: int, epochs: int, batch: int = 512
+    classifier: SoftmaxClassifier | BAGSHead, data: Split, seed: int, epochs: int, batch: int = 512
 ) -> None:
     """The same for every classifier: SGD over the same shuffled batches, cosine learning rate.
 
@@ -173,7 +164,7 @@ def train(
 
 @torch.inference_mode()
 def accuracy(
-    classifier: PlainSoftmax | BAGSHead, test: Split, counts: list[int]
+    classifier: SoftmaxClassifier | BAGSHead, test: Split, counts: list[int]
 ) -> dict[str, float]:
     """Share of test images classified rightly, in percent: over all and by training count.
 
@@ -191,11 +182,11 @@ def accuracy(
     return result
 
 
-def make_classifier(kind: str, counts: list[int], seed: int) -> PlainSoftmax | BAGSHead:
+def make_classifier(kind: str, counts: list[int], seed: int) -> SoftmaxClassifier | BAGSHead:
     """The classifier that is called "softmax" or "bags" in the table."""
     torch.manual_seed(seed)
     if kind == "softmax":
-        return PlainSoftmax(WIDTH, len(counts))
+        return SoftmaxClassifier(WIDTH, len(counts))
     layout = GroupLayout.from_counts(counts, thresholds=THRESHOLDS, background=None)
     return BAGSHead(WIDTH, layout, others_ratio=8.0)
 

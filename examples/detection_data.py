@@ -1,11 +1,13 @@
 """LVIS and COCO detection data for torchvision models, checked before training starts.
 
 What is wrong with an annotation file or an image folder is said when the data set is made: bad
-references, boxes or masks, names that leave the folder, missing images. What can only be seen when
-an image is decoded raises :class:`ImageError`, whose text is one line, also when it comes from a
-worker process of a loader, so that a training script ends with
+references, boxes or masks, names that leave the folder, missing images. What can only be seen in
+an image raises :class:`ImageError`: its kind and size in `check_images`, the rest when it is
+decoded. The text is one line, also when it comes from a worker process of a loader, so that a
+training script ends with
 
     try:
+        data.check_images()
         for images, targets in loader:
             ...
     except ImageError as error:
@@ -15,18 +17,27 @@ worker process of a loader, so that a training script ends with
 import os
 import re
 import reprlib
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import PureWindowsPath
 from typing import Any
 
 import numpy as np
 import torch
-from coco_masks import Segment, check_segmentation, draw_mask
+from annotation_fields import (
+    category_name,
+    image_size,
+    read_areas,
+    read_boxes,
+    source_name,
+    verified_categories,
+)
+from coco_masks import Segment, check_segmentation, draw_mask, read_segmentation
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 from balanced_group_softmax.counts import Source, read_annotations
 
@@ -55,7 +66,8 @@ class LVISDetection(torch.utils.data.Dataset[tuple[Tensor, Target]]):
     - `boxes` float32 [N, 4], (x1, y1, x2, y2) in pixels, cut to the image;
     - `labels` int64 [N], 1..C in ascending order of category id (0 is background);
     - `image_id` int, `area` float32 [N] as annotated, `iscrowd` int64 [N];
-    - `masks` uint8 [N, H, W], with `masks=True`.
+    - `masks` uint8 [N, H, W], with `masks=True`. Without, an annotation may have no mask, but a
+      malformed one is an error still.
 
     Images without annotations are kept. Crowd annotations are left out unless `crowd=True`, and so
     are boxes that are thinner than one pixel inside the image; `dropped` counts both. With
@@ -96,16 +108,21 @@ class LVISDetection(torch.utils.data.Dataset[tuple[Tensor, Target]]):
         try:
             self._read(data, images, masks=masks, crowd=crowd)
         except ValueError as error:
-            name = annotations if isinstance(annotations, str | os.PathLike) else "annotations"
-            raise ValueError(f"{os.fspath(name)}: {error}") from None
+            raise ValueError(f"{source_name(annotations)}: {error}") from None
 
     def _read(
         self, data: dict[str, Any], images: str | os.PathLike[str], *, masks: bool, crowd: bool
     ) -> None:
-        self.categories: list[dict[str, Any]] = sorted(data["categories"], key=lambda c: c["id"])
+        self.categories: list[dict[str, Any]] = [
+            {**row, "name": category_name(row)}
+            for row in sorted(data["categories"], key=lambda row: row["id"])
+        ]
         self.category_ids: list[int] = [row["id"] for row in self.categories]
         self.image_ids: list[int] = [row["id"] for row in data["images"]]
         self.sizes = np.array([image_size(row) for row in data["images"]], np.int64).reshape(-1, 2)
+        known = set(self.category_ids)
+        for row in data["images"]:
+            verified_categories(row, known)  # evaluation needs them
         self.paths = find_images(data["images"], images)
 
         index_of = {image_id: i for i, image_id in enumerate(self.image_ids)}
@@ -135,13 +152,13 @@ class LVISDetection(torch.utils.data.Dataset[tuple[Tensor, Target]]):
         self._labels = torch.tensor([label_of[rows[i]["category_id"]] for i in keep]).long()
         self._area = torch.from_numpy(area[keep].astype(np.float32))
         self._iscrowd = torch.from_numpy(iscrowd[keep])
+        sizes = self.sizes[image_of].tolist()
+        for row, (width, height) in zip(rows, sizes, strict=True):
+            if row.get("segmentation") not in (None, []):  # boxes alone do not need one
+                check_segmentation(row, width, height)
         self._segments: list[Segment] | None = None
         if masks:
-            sizes = self.sizes[image_of[keep]].tolist()
-            self._segments = [
-                check_segmentation(rows[i], width, height)
-                for i, (width, height) in zip(keep, sizes, strict=True)
-            ]
+            self._segments = [read_segmentation(rows[i], *sizes[i]) for i in keep]
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -157,6 +174,22 @@ class LVISDetection(torch.utils.data.Dataset[tuple[Tensor, Target]]):
     def num_categories(self) -> int:
         """Number of categories, background not counted."""
         return len(self.category_ids)
+
+    def check_images(self, *, progress: bool = False) -> None:
+        """Look at the header of every image, without decoding it.
+
+        Args:
+            progress: Show a progress bar if it takes long.
+
+        Raises:
+            ImageError: An image is missing, not an image, of another size, or too large.
+        """
+        files = zip(self.paths, self.sizes.tolist(), strict=True)
+        for path, (width, height) in tqdm(
+            files, "Checking images", len(self), unit="image", delay=2, disable=not progress
+        ):
+            with open_image(path, width, height):
+                pass
 
     def labels(self, index: int) -> Tensor:
         """Return the labels of an image without reading it, e.g. for a sampler."""
@@ -226,18 +259,6 @@ def make_transforms(
 # --- images -------------------------------------------------------------------------------------
 
 
-def image_size(row: dict[str, Any]) -> tuple[int, int]:
-    """Return (width, height) of an image entry."""
-    size = row.get("width"), row.get("height")
-    for key, value in zip(("width", "height"), size, strict=True):
-        if type(value) is not int or not 0 < value < 2**31:
-            raise ValueError(
-                f"Expected `{key}` of image {row['id']} to be a positive integer, "
-                f"got {reprlib.repr(value)}"
-            )
-    return size  # type: ignore[return-value]
-
-
 def image_names(row: dict[str, Any]) -> list[str]:
     """Return the names under which an image may lie in its folder, the most likely first."""
     names = []
@@ -304,12 +325,13 @@ def leaves_folder(root: str, path: str | os.PathLike[str]) -> bool:
     return real != root and not real.startswith(os.path.join(root, ""))
 
 
-def load_image(path: str | os.PathLike[str], width: int, height: int) -> Tensor:
-    """Return an image as uint8 [3, height, width]; `width` and `height` are those annotated.
+@contextmanager
+def open_image(path: str | os.PathLike[str], width: int, height: int) -> Iterator[Image.Image]:
+    """Open an image and look at its header; any error inside the block is an :class:`ImageError`.
 
     Raises:
-        ImageError: The file is missing, corrupt, of another size, or larger than
-            `PIL.Image.MAX_IMAGE_PIXELS`, which is looked at before anything is decoded.
+        ImageError: The file is missing, corrupt, of another size than annotated, of pixels without
+            a range, or larger than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     name = str(path).replace("\n", "\\n")
     try:
@@ -319,24 +341,41 @@ def load_image(path: str | os.PathLike[str], width: int, height: int) -> Tensor:
                 raise Image.DecompressionBombError(
                     f"{image.width} x {image.height} pixels are more than the limit of {limit}"
                 )
-            stored = image.size
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-            upright = stored[::-1] if turned else stored
-            if (width, height) not in (stored, upright):
+            if image.mode == "F":
+                raise ValueError("images of floating-point pixels have no defined range")
+            # Asking a PNG for its orientation may decode it, so the stored size comes first.
+            if image.size != (width, height) and upright_size(image) != (width, height):
+                wide, high = upright_size(image)
                 raise ImageError(
-                    f"{name}: the image is {upright[0]} x {upright[1]} pixels, "
+                    f"{name}: the image is {wide} x {high} pixels, "
                     f"the annotations say {width} x {height}"
                 )
-            if upright == (width, height):
-                image = ImageOps.exif_transpose(image)
-            pixels = to_rgb(image)
+            yield image
     except ImageError:
         raise
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except Exception as error:  # a corrupt file makes Pillow raise almost anything
-        reason = " ".join(str(error).split()).replace(repr(str(path)), "the file")
+        reason = " ".join(str(error).replace(f" {str(path)!r}", "").split()).rstrip(":")
         raise ImageError(f"{name}: {reason or type(error).__name__}") from None
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return (width, height) after the rotation in EXIF."""
+    turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    return (image.height, image.width) if turned else image.size
+
+
+def load_image(path: str | os.PathLike[str], width: int, height: int) -> Tensor:
+    """Return an image as uint8 [3, height, width]; `width` and `height` are those annotated.
+
+    Raises:
+        ImageError: As :func:`open_image`, or the pixels are corrupt.
+    """
+    with open_image(path, width, height) as image:
+        if upright_size(image) == (width, height):
+            image = ImageOps.exif_transpose(image)
+        pixels = to_rgb(image)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -345,51 +384,6 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):  # 16 bits; converting would cut everything above 255
         grey = np.asarray(image).astype(np.int64).clip(0, 2**16 - 1) >> 8
         return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
-    if image.mode == "F":
-        raise ValueError("images of floating-point pixels have no defined range")
     if image.mode == "P":  # through RGBA, or Pillow warns about transparency in the palette
         image = image.convert("RGBA")
     return np.array(image.convert("RGB"))
-
-
-# --- boxes and masks ----------------------------------------------------------------------------
-
-
-def read_boxes(rows: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Return `bbox` (x, y, width, height) of annotations, float64 [N, 4]."""
-    try:
-        boxes = np.array([row["bbox"] for row in rows])
-        if boxes.dtype.kind in "iuf" and boxes.shape[1:] == (4,) and np.isfinite(boxes).all():
-            return boxes.astype(np.float64)
-    except (KeyError, ValueError):
-        pass
-    for row in rows:  # something is wrong: find it
-        box = row.get("bbox")
-        if not (isinstance(box, list | tuple) and len(box) == 4 and all(map(is_number, box))):
-            raise ValueError(
-                f"Expected `bbox` of annotation {row['id']} to be 4 finite numbers, "
-                f"got {reprlib.repr(box)}"
-            )
-    return np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
-
-
-def read_areas(rows: Sequence[dict[str, Any]], boxes: np.ndarray) -> np.ndarray:
-    """Return `area` of annotations, float64 [N]; that of the box where none is stated."""
-    area = boxes[:, 2] * boxes[:, 3]
-    for i, row in enumerate(rows):
-        value = row.get("area")
-        if value is None:
-            continue
-        if not is_number(value) or value < 0:
-            raise ValueError(
-                f"Expected `area` of annotation {row['id']} to be a number >= 0, "
-                f"got {reprlib.repr(value)}"
-            )
-        area[i] = value
-    return area
-
-
-def is_number(value: Any) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return abs(value) <= sys.float_info.max  # False for NaN, and for integers beyond float

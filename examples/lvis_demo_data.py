@@ -15,7 +15,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 from lvis_evaluation import frequency
 from PIL import Image, ImageDraw
+from run_folder import partial_path
 from tqdm import tqdm
 
 IMAGE_SIZE = 128  # pixels, both sides
@@ -153,7 +153,8 @@ def write_demo_data(
             f"got {counts} and {val_instances}"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    partial = partial_path(folder)
+    partial.mkdir()
     try:
         train = _write_split(partial, "train", categories, counts, seed, progress)
         # Frequencies are those of training, as in LVIS; counts are of the file they stand in.
@@ -165,7 +166,6 @@ def write_demo_data(
             for row, letter in zip(data["categories"], frequencies, strict=True):
                 row["frequency"] = letter
             (partial / f"{name}.json").write_text(json.dumps(data), encoding="utf-8")
-        partial.chmod(0o755)  # temporary folders are private
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from annotation_fields import is_number, read_areas, read_boxes, source_name, verified_categories
 from torch import Tensor
 
 from balanced_group_softmax.counts import Source, read_annotations
@@ -51,20 +52,17 @@ def evaluate_boxes(
 
     Raises:
         ImportError: `lvis` or `pycocotools` is not installed.
-        ValueError: The annotation file is not valid, or detections are of images or categories
-            that it does not have.
+        ValueError: The annotation file is not valid, or detections are not, or of images or
+            categories that it does not have.
     """
     official, truth_class, results_class = _official_classes()
-    data = _complete(read_annotations(annotations, complete=True), frequencies)
-    known_images = {row["id"] for row in data["images"]}
-    known_categories = {row["id"] for row in data["categories"]}
+    source = read_annotations(annotations, complete=True)
+    try:
+        data = _complete(source, frequencies)
+    except ValueError as error:
+        raise ValueError(f"{source_name(annotations)}: {error}") from None
     rows = [dict(row) for row in detections]
-    for row in rows:
-        if row["image_id"] not in known_images or row["category_id"] not in known_categories:
-            raise ValueError(
-                "Expected `detections` of images and categories in the annotations, got image "
-                f"{row['image_id']}, category {row['category_id']}"
-            )
+    _check_detections(rows, data)
 
     truth = _indexed(truth_class, data)
     if rows:
@@ -137,16 +135,31 @@ def _percent(value: float) -> float | None:
     return None if value < 0 else 100 * float(value)
 
 
+def _check_detections(rows: Sequence[dict[str, Any]], data: Mapping[str, Any]) -> None:
+    known_images = {row["id"] for row in data["images"]}
+    known_categories = {row["id"] for row in data["categories"]}
+    for i, row in enumerate(rows):
+        image, category, score = row.get("image_id"), row.get("category_id"), row.get("score")
+        if image not in known_images or category not in known_categories:
+            raise ValueError(
+                "Expected `detections` of images and categories in the annotations, got image "
+                f"{image}, category {category}"
+            )
+        if not is_number(score):
+            raise ValueError(f"Expected `score` of detection {i} to be finite, got {score!r}")
+    read_boxes(rows, "detection")
+
+
 def _complete(data: dict[str, Any], frequencies: Mapping[int, str] | None) -> dict[str, Any]:
     """Return an annotation file with all that the official code reads; `data` stays as it is."""
     every_id = [row["id"] for row in data["categories"]]
-    images = [
-        {"neg_category_ids": every_id, "not_exhaustive_category_ids": [], **row}
-        for row in data["images"]
-    ]
+    known = set(every_id)
+    absence = {"neg_category_ids": every_id, "not_exhaustive_category_ids": []}
+    images = [{**row, **absence, **verified_categories(row, known)} for row in data["images"]]
+    areas = read_areas(data["annotations"], read_boxes(data["annotations"])).tolist()
     annotations = [
-        {"area": row["bbox"][2] * row["bbox"][3], "ignore": row.get("iscrowd", 0), **row}
-        for row in data["annotations"]
+        {"ignore": row.get("iscrowd", 0), **row, "area": area}
+        for row, area in zip(data["annotations"], areas, strict=True)
     ]
     letters = read_frequencies(data)
     letters.update(frequencies or {})

@@ -14,13 +14,16 @@ import colorsys
 import os
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from coco_masks import check_segmentation, draw_mask
-from detection_data import image_names, image_size, leaves_folder, read_boxes
+from annotation_fields import image_size, read_boxes, source_name
+from coco_masks import draw_mask, read_segmentation
+from detection_data import image_names, leaves_folder
 from PIL import Image
+from run_folder import write
 from tqdm import tqdm
 
 from balanced_group_softmax.counts import Source, read_annotations
@@ -50,8 +53,7 @@ def render(annotations: Source, out: str | os.PathLike[str], *, progress: bool =
     try:
         plan, objects = make_plan(data)
     except ValueError as error:
-        name = annotations if isinstance(annotations, str | os.PathLike) else "annotations"
-        raise ValueError(f"{os.fspath(name)}: {error}") from None
+        raise ValueError(f"{source_name(annotations)}: {error}") from None
 
     root = os.path.realpath(out)
     drawn = 0
@@ -63,13 +65,8 @@ def render(annotations: Source, out: str | os.PathLike[str], *, progress: bool =
             raise ValueError(f"Expected {path} to stay in {root}, but a link leads elsewhere")
         path.parent.mkdir(parents=True, exist_ok=True)
         # Under its own name only when complete: a run that is stopped leaves no half image.
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            image = Image.fromarray(draw_image(row, objects[row["id"]]))
-            image.save(partial, FORMATS[path.suffix.lower()], quality=90)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        image = Image.fromarray(draw_image(row, objects[row["id"]]))
+        write(path, partial(image.save, format=FORMATS[path.suffix.lower()], quality=90))
         drawn += 1
     return drawn
 
@@ -95,7 +92,7 @@ def make_plan(data: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], Objects]
         plan[name] = row
         for annotation in objects[row["id"]]:
             if annotation.get("segmentation"):
-                check_segmentation(annotation, width, height)
+                read_segmentation(annotation, width, height)
     read_boxes(data["annotations"])
     return plan, objects
 
@@ -139,7 +136,7 @@ def category_colours(category: int, xs: np.ndarray, ys: np.ndarray) -> np.ndarra
 def object_mask(annotation: dict[str, Any], width: int, height: int) -> np.ndarray:
     """Return the mask of an annotation, uint8 [H, W]; of its box where it has no mask."""
     if annotation.get("segmentation"):
-        return draw_mask(check_segmentation(annotation, width, height), width, height)
+        return draw_mask(read_segmentation(annotation, width, height), width, height)
     x, y, w, h = read_boxes([annotation])[0]
     columns, rows = np.arange(width) + 0.5, np.arange(height) + 0.5
     inside = ((rows >= y) & (rows <= y + h))[:, None] & (columns >= x) & (columns <= x + w)

@@ -2,9 +2,10 @@
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ def make_run_folder(output: str | os.PathLike[str] | None, name: str) -> Path:
     """Return a new or empty folder.
 
     Args:
-        output: The folder, or None for `runs/<name>-<date>-<time>`.
+        output: The folder, or None for `runs/<name>-<date>-<time>`, with a number at the end where
+            another run has that.
         name: Of the run.
 
     Raises:
         FileExistsError: `output` holds something already.
         NotADirectoryError: `output` is a file.
     """
-    now = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = Path(output) if output is not None else Path("runs") / f"{name}-{now}"
+    if output is None:
+        return make_numbered_folder(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: Expected `--output` to be a folder, got a file")
     if folder.is_dir() and any(folder.iterdir()):
@@ -35,14 +38,29 @@ def make_run_folder(output: str | os.PathLike[str] | None, name: str) -> Path:
     return folder
 
 
+def make_numbered_folder(parent: Path, name: str) -> Path:
+    """Return a new folder `name`, or `name-2`, `name-3`, ...: never one that is there already."""
+    parent.mkdir(exist_ok=True)
+    for number in count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError  # count does not end
+
+
+def partial_path(path: Path) -> Path:
+    """Return a hidden name beside `path` for what is not complete yet."""
+    return path.with_name(f".partial-{secrets.token_hex(8)}{path.suffix}")
+
+
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """Let `save` write a file under a temporary name, then move it to `path`."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    partial = Path(name)
+    partial = partial_path(path)
     try:
         save(partial)
-        partial.chmod(0o644)  # temporary files are private
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -7,9 +7,10 @@ from torch.nn import functional as F
 
 
 class SoftmaxClassifier(nn.Linear):
-    """A linear layer, cross-entropy and softmax; label 0 is background.
+    """A linear layer, cross-entropy and softmax.
 
-    Meets `balanced_group_softmax.adapters.protocol.Classifier`.
+    As a detector's classifier, where label 0 is background, it meets
+    `balanced_group_softmax.adapters.protocol.Classifier`.
     """
 
     background: Literal["first"] = "first"
@@ -25,8 +26,11 @@ class SoftmaxClassifier(nn.Linear):
     def num_categories(self) -> int:
         return self.out_features - 1
 
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels)
+
     def losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {"loss_cls": F.cross_entropy(logits, labels)}
+        return {"loss_cls": self.loss(logits, labels)}
 
     def scores(self, logits: Tensor) -> Tensor:
         return logits.softmax(dim=1)

@@ -13,11 +13,39 @@ from pathlib import Path
 from statistics import mean
 
 import figures
+from annotation_fields import is_number
 from lvis_evaluation import Metrics
 
 from balanced_group_softmax import GroupLayout
 
 GAINS = ("AP", "APr", "APc", "APf")
+
+
+def read_metrics(path: Path, group_names: Sequence[str]) -> dict[str, Metrics]:
+    """Return what is shown of a run's metrics.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: A metric is missing, or neither a number nor null.
+    """
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: Expected JSON, got {error}") from None
+    metrics: dict[str, Metrics] = {}
+    for method in figures.LABELS:
+        values = data.get(method) if isinstance(data, dict) else None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: Expected metrics of {method!r}, got none")
+        metrics[method] = {}
+        for key in (*figures.TABLE, *(f"AP_{name}" for name in group_names)):
+            value = values.get(key, "nothing")
+            if value is not None and not is_number(value):
+                raise ValueError(
+                    f"{path}: Expected {key!r} of {method!r} to be a number or null, got {value}"
+                )
+            metrics[method][key] = value
+    return metrics
 
 
 def mean_metrics(runs: Sequence[dict[str, Metrics]]) -> dict[str, Metrics]:
@@ -55,9 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         layouts = [GroupLayout.load(run / "layout.json") for run in args.runs]
-        runs = [json.loads((run / "metrics.json").read_text("utf-8")) for run in args.runs]
         if len(set(layouts)) > 1:
             raise ValueError("Expected runs with the same layout of groups, got different ones")
+        names = layouts[0].names
+        runs = [read_metrics(run / "metrics.json", names) for run in args.runs]
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -69,31 +69,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     folder = None
     try:
+        device = find_device(args.device)
         folder = make_run_folder(args.output, f"torchvision-lvis-seed{args.seed}")
         data = load_data(args, folder)
-        device = find_device(args.device)
     except (OSError, ValueError, ImportError) as error:
-        if folder is not None:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # unless something is in it
-        return fail(error)
+        return fail(error, folder)
     try:
         run(args, data, folder, device)
     except (OSError, ImageError, FloatingPointError) as error:
-        return fail(error)
+        return fail(error, folder)
     return 0
 
 
 def run(args: argparse.Namespace, data: Data, folder: Path, device: torch.device) -> None:
     started = time.perf_counter()
     print(f"{describe(data, device)}\nRun folder: {folder}")
-    data.layout.save(folder / "layout.json")
     torch.manual_seed(args.seed)
 
     # Stage one: the whole detector, with plain softmax.
     softmax = small_faster_rcnn(data.layout.num_categories, args.image_size).to(device)
     adam = torch.optim.AdamW(softmax.parameters(), lr=args.lr, weight_decay=1e-2)
     train(softmax, adam, data.train, args, steps=args.steps, stage=1, name="softmax")
+    data.layout.save(folder / "layout.json")  # not earlier: an empty folder can be used again
     write_checkpoint(folder / "softmax.pt", softmax.state_dict())
 
     # Stage two: the classifier only, once with plain softmax and once with groups.
@@ -116,6 +113,8 @@ def run(args: argparse.Namespace, data: Data, folder: Path, device: torch.device
     draw(folder, models, metrics, data)
     settings = {
         **vars(args),
+        # JSON has no infinity.
+        "others_ratio": args.others_ratio if math.isfinite(args.others_ratio) else "inf",
         "output": str(folder),
         "device": str(device),
         "seconds": {
@@ -167,6 +166,8 @@ def load_data(args: argparse.Namespace, folder: Path) -> Data:
             f"Expected the categories of {train_annotations} in {val_annotations}, "
             f"got {len(val.category_ids)} categories for {len(train.category_ids)}, or other ids"
         )
+    for dataset in (train, val):
+        dataset.check_images(progress=True)
     counts = category_counts(train_annotations)
     layout = GroupLayout.from_counts(counts, category_ids=train.category_ids)
     frequencies = read_frequencies(train_annotations)
@@ -180,6 +181,8 @@ def describe(data: Data, device: torch.device) -> str:
         f"{len(data.train)} training and {len(data.val)} validation images, "
         f"{len(letters)} categories ({letters.count('r')} rare, {letters.count('c')} common, "
         f"{letters.count('f')} frequent)\n"
+        f"Left out of training: {data.train.dropped['crowd']} crowd annotations, "
+        f"{data.train.dropped['degenerate']} boxes thinner than a pixel\n"
         f"Groups by training instances: {groups}\n"
         f"Training on {device} with torch {torch.__version__}"
     )
@@ -304,7 +307,7 @@ def draw(
     )
     norms = {
         "softmax": category_norms(models["softmax"], range(1, data.layout.num_labels)),
-        "bags": category_norms(models["bags"], category_columns(data.layout)),
+        "bags": category_norms(models["bags"], data.layout.tables().category_columns.tolist()),
     }
     figures.save(
         figures.plot_weight_norms(norms, data.counts, data.layout.groups),
@@ -333,16 +336,6 @@ def draw(
         ),
         folder / "detections.png",
     )
-
-
-def category_columns(layout: GroupLayout) -> list[int]:
-    """Return the logit column of each category."""
-    columns = [0] * layout.num_categories
-    starts = layout.group_starts[-len(layout.groups) :]
-    for start, members in zip(starts, layout.groups, strict=True):
-        for position, category in enumerate(members, start=1):
-            columns[category] = start + position
-    return columns
 
 
 def category_norms(model: nn.Module, rows: Sequence[int]) -> Any:
@@ -374,7 +367,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=whole(1), default=8, help="images in a step (default: 8)")
     add("--lr", type=positive, default=2e-3, help="of stage one, AdamW (default: 0.002)")
     add("--finetune-lr", type=positive, default=5e-3, help="of stage two, SGD (default: 0.005)")
-    add("--others-ratio", type=positive, default=8.0, help="others per foreground (default: 8)")
+    add("--others-ratio", type=ratio, default=8.0, help="others per foreground (default: 8)")
     add("--image-size", type=whole(32), default=128, help="shorter side, pixels (default: 128)")
     add("--num-workers", type=whole(0), default=0, help="processes that load images (default: 0)")
     parser.add_argument("--device", help="such as cuda:1 or cpu (default: a GPU if there is one)")
@@ -399,6 +392,13 @@ def positive(text: str) -> float:
     return value
 
 
+def ratio(text: str) -> float:
+    value = float(text)
+    if not value >= 0:  # NaN is not
+        raise argparse.ArgumentTypeError(f"Expected a number >= 0 or inf, got {text}")
+    return value
+
+
 def find_device(name: str | None) -> torch.device:
     """Return the named device, or a GPU if there is one."""
     if name is None:
@@ -416,8 +416,15 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def fail(error: BaseException) -> int:
+def fail(error: BaseException, folder: Path | None) -> int:
+    """Tell the error in a line; remove the run folder, unless something is in it."""
     text = " ".join(str(error).split())
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        if folder.is_dir():
+            kept = ", ".join(sorted(path.name for path in folder.iterdir()))
+            text += f" ({folder} keeps {kept}; remove it or give another `--output` to start again)"
     print(f"error: {text}", file=sys.stderr)
     return 2
 

@@ -22,7 +22,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import render_annotations  # noqa: E402
-from coco_masks import check_segmentation, decompress_run_lengths, draw_mask  # noqa: E402
+from coco_masks import decompress_run_lengths, draw_mask, read_segmentation  # noqa: E402
 from detection_data import (  # noqa: E402
     ImageError,
     LVISDetection,
@@ -31,7 +31,7 @@ from detection_data import (  # noqa: E402
     load_image,
     make_transforms,
 )
-from PIL import Image  # noqa: E402
+from PIL import Image, PngImagePlugin  # noqa: E402
 from pycocotools import mask as coco_mask  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
@@ -165,7 +165,7 @@ def test_run_lengths_read_what_pycocotools_writes(
     height, width = shape
     row = {"id": 1, "segmentation": {"size": [height, width], "counts": code["counts"].decode()}}
     np.testing.assert_array_equal(
-        draw_mask(check_segmentation(row, width, height), width, height), mask
+        draw_mask(read_segmentation(row, width, height), width, height), mask
     )
 
 
@@ -400,6 +400,18 @@ BAD = {
     "box inf": (with_row("annotations", bbox=[1, 2, INF, 3]), "`bbox` of annotation 1 .* inf"),
     "box text": (with_row("annotations", bbox=["1", 2, 3, 4]), "`bbox` of annotation 1 .*'1'"),
     "box null": (with_row("annotations", bbox=[None, 2, 3, 4]), "`bbox` of annotation 1"),
+    "category name a number": (with_row("categories", name=5), "`name` of category 40 .* got 5"),
+    "category name null": (with_row("categories", name=None), "`name` of category 40 .* got None"),
+    "absent 5": (with_row("images", neg_category_ids=5), "`neg_category_ids` of image 7 .* got 5"),
+    "absent unknown": (
+        with_row("images", neg_category_ids=[2, 3]), r"`neg_category_ids` of image 7 .* \[2, 3\]"
+    ),
+    "absent text": (with_row("images", neg_category_ids=["2"]), "`neg_category_ids` of image 7"),
+    "absent list": (with_row("images", neg_category_ids=[[2]]), "`neg_category_ids` of image 7"),
+    "not exhaustive unknown": (
+        with_row("images", not_exhaustive_category_ids=[3]),
+        r"`not_exhaustive_category_ids` of image 7 .* \[3\]",
+    ),
     "area text": (with_row("annotations", area="big"), "`area` of annotation 1 .* got 'big'"),
     "area NaN": (with_row("annotations", area=NAN), "`area` of annotation 1 .* got nan"),
     "box huge": (with_row("annotations", bbox=[10**400, 2, 3, 4]), "`bbox` of annotation 1"),
@@ -416,6 +428,17 @@ def test_bad_annotations_name_file_and_entry(
     path.write_text(json.dumps(data))
     with pytest.raises(ValueError, match=rf"bad\.json: .*{message}"):
         LVISDetection(path, folder)
+
+
+def test_categories_without_a_name_are_called_by_their_id(folder: Path) -> None:
+    data = LVISDetection(with_row("categories", name=...), folder)
+    assert [row["name"] for row in data.categories] == ["a", "40", "c"]
+
+
+@pytest.mark.parametrize("value", [None, [], [2, 90]], ids=str)
+def test_lists_of_absence_may_be_null_or_of_known_categories(folder: Path, value: Any) -> None:
+    changes = dict.fromkeys(("neg_category_ids", "not_exhaustive_category_ids"), value)
+    assert len(LVISDetection(with_row("images", **changes), folder)) == 3
 
 
 BAD_MASKS: dict[str, tuple[Any, str]] = {
@@ -438,6 +461,8 @@ BAD_MASKS: dict[str, tuple[Any, str]] = {
     "long": (CODE | {"counts": [200, 41]}, "add up to 12 x 20 = 240"),
     "negative": (CODE | {"counts": [241, -1]}, r"`counts` in \[0, 240\]"),
     "float run": (CODE | {"counts": [240.0]}, "text or integers"),
+    "integer beyond float": ([[1, 2, 3, 4, 5, 10**400]], "finite"),
+    "true": ([[1, 2, 3, 4, 5, True]], "finite"),
     "beyond int64": (CODE | {"counts": [2**70]}, r"`counts` in \[0, 240\]"),
     "bad letters": (CODE | {"counts": "!!!"}, "corrupt code"),
     "not ASCII": (CODE | {"counts": "\u00e9"}, "in ASCII"),
@@ -453,16 +478,31 @@ BAD_MASKS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(("segmentation", "message"), BAD_MASKS.values(), ids=BAD_MASKS)
 def test_bad_masks_name_the_annotation(folder: Path, segmentation: Any, message: str) -> None:
     data = with_row("annotations", segmentation=segmentation)
-    with pytest.raises(ValueError, match=f"`segmentation` of annotation 1: .*{message}"):
+    with pytest.raises(ValueError, match=f"`segmentation` of annotation 1: Expected .*{message}"):
         LVISDetection(data, folder, masks=True)
-    assert len(LVISDetection(data, folder)[1][1]["labels"]) == 2  # boxes alone do not need it
+    if segmentation in (None, []) or "outside" in message:  # boxes alone do not need it
+        assert len(LVISDetection(data, folder)[1][1]["labels"]) == 2
+    else:
+        with pytest.raises(ValueError, match=f"`segmentation` of annotation 1: .*{message}"):
+            LVISDetection(data, folder)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("place", [3, 4], ids=["thin box", "crowd"])
+def test_masks_of_boxes_that_are_left_out_are_checked_too(
+    folder: Path, place: int, masks: bool
+) -> None:
+    data = annotations()
+    data["annotations"][place]["segmentation"] = [[1, 2]]
+    with pytest.raises(ValueError, match=f"`segmentation` of annotation {place + 1}: "):
+        LVISDetection(data, folder, masks=masks)
 
 
 @given(text=st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=30))
 def test_no_run_length_text_goes_wrong_silently(text: str) -> None:
     row = {"id": 1, "segmentation": {"size": [HEIGHT, WIDTH], "counts": text}}
     try:
-        segment = check_segmentation(row, WIDTH, HEIGHT)
+        segment = read_segmentation(row, WIDTH, HEIGHT)
     except ValueError:
         return
     mask = draw_mask(segment, WIDTH, HEIGHT)
@@ -557,8 +597,8 @@ def break_image(path: Path, how: str) -> None:
 
 BROKEN = {
     "truncated": "truncated",
-    "empty": "cannot identify image file",
-    "not an image": "cannot identify image file",
+    "empty": r"3\.png: cannot identify image file$",
+    "not an image": r"3\.png: cannot identify image file$",
     "corrupt": r"\w+",
     "other size": "the image is 21 x 12 pixels, the annotations say 20 x 12",
     "floating point": "floating-point",
@@ -584,6 +624,32 @@ def test_broken_images_are_named_in_one_line(folder: Path, how: str, workers: in
     assert str(pickle.loads(pickle.dumps(caught.value))) == text
 
 
+@pytest.mark.parametrize("how", [how for how in BROKEN if how not in ("truncated", "corrupt")])
+def test_headers_are_checked_without_decoding(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    data = LVISDetection(annotations(), folder)
+    data.check_images()
+    break_image(folder / "3.png", how)
+    if how != "other size":  # its message asks for the orientation, for which Pillow decodes a PNG
+        monkeypatch.setattr(Image.Image, "load", None)
+    with pytest.raises(ImageError, match=BROKEN[how]):
+        data.check_images()
+
+
+def test_checking_headers_does_not_decode(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = LVISDetection(annotations(), folder)
+    break_image(folder / "3.png", "truncated")
+
+    def load(image: Image.Image) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    data.check_images()
+    with pytest.raises(ImageError, match="decoded"):
+        data[1]
+
+
 @pytest.mark.parametrize("warn", ["ignore", "error"])
 @pytest.mark.parametrize("limit", [WIDTH * HEIGHT - 1, WIDTH * HEIGHT // 3])
 def test_bombs_are_refused_before_decoding(
@@ -596,6 +662,8 @@ def test_bombs_are_refused_before_decoding(
         warnings.simplefilter(warn)
         with pytest.raises(ImageError, match=r"3\.png: .*(limit of 239|240 pixels)"):
             data[1]
+        with pytest.raises(ImageError, match=r"7\.png: .*(limit of 239|240 pixels)"):
+            data.check_images()
     assert limit == Image.MAX_IMAGE_PIXELS
     monkeypatch.undo()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -164,6 +165,63 @@ def test_frequency(count, letter):
 def test_detections_of_unknown_images_or_categories(image, category):
     with pytest.raises(ValueError, match=f"image {image}, category {category}"):
         evaluation.evaluate_boxes(truth([(1, 5, BOX)]), [found(image, category, BOX, 1.0)])
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        ("annotations", {"bbox": None}, "`bbox` of annotation 1 .* got None"),
+        ("annotations", {"bbox": [1, 2, 3]}, r"`bbox` of annotation 1 .* got \[1, 2, 3\]"),
+        ("annotations", {"bbox": [1, 2, NAN, 3]}, "`bbox` of annotation 1 .* nan"),
+        ("annotations", {"bbox": [1, 2, "3", 3]}, "`bbox` of annotation 1 .* '3'"),
+        ("annotations", {"area": "big"}, "`area` of annotation 1 .* got 'big'"),
+        ("images", {"neg_category_ids": 5}, "`neg_category_ids` of image 1 .* got 5"),
+        ("images", {"neg_category_ids": [6]}, r"`neg_category_ids` of image 1 .* got \[6\]"),
+        ("images", {"not_exhaustive_category_ids": "5"}, "`not_exhaustive_.*` of image 1"),
+    ],
+    ids=str,
+)
+def test_annotations_that_are_not_valid(tmp_path, section, changes, message):
+    data = truth([(1, 5, BOX)])
+    data[section][0].update(changes)
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=rf"bad\.json: Expected {message}"):
+        evaluation.evaluate_boxes(path, [])
+
+
+def test_a_box_that_is_missing_is_told():
+    data = truth([(1, 5, BOX)])
+    del data["annotations"][0]["bbox"]
+    with pytest.raises(ValueError, match=r"`bbox` of annotation 1 .* got None"):
+        evaluation.evaluate_boxes(data, [])
+
+
+def test_null_is_as_good_as_absent():
+    data = truth([(1, 5, BOX)], neg_category_ids=None, not_exhaustive_category_ids=None)
+    data["annotations"][0]["area"] = None
+    missed = [found(1, 5, BOX, 0.8), found(2, 5, BOX, 0.9)]
+    assert evaluation.evaluate_boxes(data, missed)["AP"] == pytest.approx(50)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bbox": [1, 2, NAN, 3]}, "`bbox` of detection 1 .* nan"),
+        ({"bbox": [1, 2, 3]}, "`bbox` of detection 1"),
+        ({"score": NAN}, "`score` of detection 1 to be finite, got nan"),
+        ({"score": None}, "`score` of detection 1 to be finite, got None"),
+        ({"image_id": None}, "image None, category 5"),
+    ],
+    ids=str,
+)
+def test_detections_that_are_not_valid(changes, message):
+    rows = [found(1, 5, BOX, np.float32(1)), {**found(1, 5, BOX, 1.0), **changes}]
+    with pytest.raises(ValueError, match=message):
+        evaluation.evaluate_boxes(truth([(1, 5, BOX)]), rows)
 
 
 def test_inputs_stay_as_they_are():

@@ -1,6 +1,9 @@
 """The training example from end to end: what it writes, on drawn and on real annotations."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import figures
 import lvis_demo_data
+import run_folder
 import summarise_runs
 import torchvision_lvis_train as example
 from PIL import Image
@@ -80,7 +84,7 @@ def test_run_folder_holds_all_results_and_nothing_else(finished):
     assert len({line.count("|") for line in lines}) == 1
     assert len(lines) == 5
     settings = json.loads((finished / "run.json").read_text())
-    assert (settings["seed"], settings["steps"]) == (0, 2)
+    assert (settings["seed"], settings["steps"], settings["others_ratio"]) == (0, 2, 8.0)
 
 
 def test_layout_is_that_of_the_training_counts_and_of_the_checkpoint(finished):
@@ -202,6 +206,32 @@ def test_default_run_folder_is_new_each_time(tmp_path, monkeypatch):
     assert (tmp_path / folder).is_dir()
 
 
+def test_runs_of_the_same_second_do_not_share_a_folder(tmp_path, monkeypatch):
+    class Noon(run_folder.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2024, 1, 1, 12)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder, "datetime", Noon)
+    names = [make_run_folder(None, "name").name for _ in range(3)]
+    first = "name-20240101-120000"
+    assert names == [first, f"{first}-2", f"{first}-3"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are those of POSIX")
+def test_files_and_data_have_the_mode_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "a.txt", "text")
+        lvis_demo_data.write_demo_data(tmp_path / "data", 0, categories=FEW, val_instances=1)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "data").stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "data" / "train.json").stat().st_mode & 0o777 == 0o640
+
+
 def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     write_text(tmp_path / "a.txt", "whole")
 
@@ -230,6 +260,39 @@ def test_a_folder_that_holds_another_run_is_left_alone(finished, few, capsys):
     assert str(finished) in line
     assert "new or empty" in line
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+
+
+def truncate(path: Path) -> bytes:
+    """Cut the pixels of an image, not its header."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) * 3 // 4])
+    return whole
+
+
+def test_after_a_failed_run_the_same_output_can_be_used(few, tmp_path, capsys):
+    shutil.copytree(few, tmp_path / "data")
+    images = sorted((tmp_path / "data" / "train").iterdir())
+    whole = [truncate(path) for path in images]
+    arguments = [*own_data(tmp_path / "data"), "--output", str(tmp_path / "run")]
+    assert "truncated" in fails(arguments, capsys)
+    assert not (tmp_path / "run").exists()
+    for path, content in zip(images, whole, strict=True):
+        path.write_bytes(content)
+    assert example.main([*SHORT, *arguments]) == 0
+
+
+def test_what_a_failed_run_keeps_is_told(few, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise FloatingPointError("stopped")
+
+    monkeypatch.setattr(lvis_demo_data, "demo_categories", lambda: FEW)
+    monkeypatch.setattr(example, "train", stop)
+    run = tmp_path / "run"
+    line = fails(["--output", str(run)], capsys)
+    assert line == (
+        f"error: stopped ({run} keeps data; remove it or give another `--output` to start again)"
+    )
+    assert [path.name for path in run.iterdir()] == ["data"]
 
 
 def test_an_output_that_is_a_file(few, tmp_path, capsys):
@@ -285,6 +348,67 @@ def test_validation_annotations_of_other_categories(few, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+BAD_FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "polygon": ("annotations", {"segmentation": [[1, 2]]}, "`segmentation` of annotation 1: "),
+    "run lengths": (
+        "annotations",
+        {"segmentation": {"size": [128, 128], "counts": [5]}},
+        "`segmentation` of annotation 1: ",
+    ),
+    "box": ("annotations", {"bbox": [1, 2, 3]}, "`bbox` of annotation 1 "),
+    "category name": ("categories", {"name": 3}, "`name` of category 1 "),
+    "absence": ("images", {"neg_category_ids": [99]}, "`neg_category_ids` of image 1 "),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("bad", BAD_FIELDS)
+def test_bad_fields_are_told_before_training(few, tmp_path, capsys, bad, split):
+    section, changes, message = BAD_FIELDS[bad]
+    shutil.copytree(few, tmp_path / "data")
+    path = tmp_path / "data" / f"{split}.json"
+    data = json.loads(path.read_text())
+    data[section][0].update(changes)
+    path.write_text(json.dumps(data))
+    arguments = [*own_data(tmp_path / "data"), *own_data(tmp_path / "data", "val")]
+    line = fails([*arguments, "--output", str(tmp_path / "run")], capsys)
+    assert line.startswith(f"error: {path}: ")
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_mask_ends_the_script_with_one_line(few, tmp_path):
+    data = json.loads((few / "train.json").read_text())
+    data["annotations"][4]["segmentation"] = {"size": [1, 1], "counts": "x"}
+    (tmp_path / "bad.json").write_text(json.dumps(data))
+    script = Path(example.__file__)
+    arguments = ["--annotations", str(tmp_path / "bad.json"), "--images", str(few / "train")]
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "`segmentation` of annotation 5: Expected `size`" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("how", ["corrupt", "bomb"])
+def test_bad_validation_images_are_told_before_training(few, tmp_path, monkeypatch, capsys, how):
+    monkeypatch.setattr(example, "train", None)
+    shutil.copytree(few, tmp_path / "data")
+    path = sorted((tmp_path / "data" / "val").iterdir())[-1]
+    if how == "corrupt":
+        path.write_bytes(b"<html>404</html>")
+    else:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 128 * 128)
+        Image.new("1", (256, 128)).save(path)
+    arguments = [*own_data(tmp_path / "data"), *own_data(tmp_path / "data", "val")]
+    line = fails([*arguments, "--output", str(tmp_path / "run")], capsys)
+    assert line.startswith(f"error: {path}: ")
+    assert {"corrupt": "cannot identify", "bomb": "256 x 128 pixels are more"}[how] in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "option",
     [
@@ -292,6 +416,8 @@ def test_validation_annotations_of_other_categories(few, tmp_path, capsys):
         ["--seed", "9" * 30],
         ["--lr", "nan"],
         ["--lr", "-1"],
+        ["--others-ratio", "nan"],
+        ["--others-ratio", "-1"],
         ["--batch-size", "two"],
     ],
     ids=str,
@@ -301,6 +427,31 @@ def test_bad_options(option, capsys):
         example.main(option)
     assert stop.value.code == 2
     assert option[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "stated"), [("0", 0.0), ("inf", "inf")])
+def test_others_ratio_may_be_zero_or_infinite(few, tmp_path, text, stated):
+    run = tmp_path / "run"
+    arguments = [*own_data(few), "--others-ratio", text, "--output", str(run)]
+    assert example.main([*SHORT, *arguments]) == 0
+    assert json.loads((run / "run.json").read_text())["others_ratio"] == stated
+
+
+def test_boxes_that_are_left_out_are_printed(few, tmp_path, monkeypatch, capsys):
+    data = json.loads((few / "train.json").read_text())
+    data["annotations"][0]["iscrowd"] = 1
+    for row in data["annotations"][1:3]:
+        row["bbox"][2] = 0.5
+    for row in data["categories"]:
+        del row["instance_count"]
+    path = tmp_path / "thin.json"
+    path.write_text(json.dumps(data))
+    monkeypatch.setattr(example, "train", None)  # fails after the description
+    arguments = ["--annotations", str(path), "--images", str(few / "train")]
+    with pytest.raises(TypeError):
+        example.main([*arguments, "--output", str(tmp_path / "run")])
+    printed = capsys.readouterr().out
+    assert "Left out of training: 1 crowd annotations, 2 boxes thinner than a pixel" in printed
 
 
 def test_divergence_is_told_in_a_line(few, tmp_path, capsys):
@@ -323,15 +474,6 @@ def test_softmax_is_evaluated_on_the_detections_of_torchvision():
         assert len(wanted["boxes"]) > 10
         for key, value in wanted.items():
             torch.testing.assert_close(got[key], value)
-
-
-def test_category_columns_are_those_of_the_layout():
-    layout = GroupLayout.from_counts([3, 2500, 40, 7, 600])
-    columns = example.category_columns(layout)
-    for category, column in enumerate(columns, start=1):
-        bins = layout.bin_labels[1:, category]
-        group = int(bins.argmax())
-        assert column == layout.group_starts[1 + group] + int(bins[group])
 
 
 @pytest.mark.parametrize(
@@ -365,6 +507,31 @@ def test_summary_of_runs_averages_and_subtracts(finished, tmp_path, capsys):
     assert "| softmax | 15.0 | 15.0 | 15.0 | 15.0 | 15.0 | - | 15.0 |" in printed
     assert "| APr over softmax, continued | +3.0 | +3.0, +3.0 |" in printed
     assert picture.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("bags"), "Expected metrics of 'bags'"),
+        (lambda m: m["bags"].pop("APr"), "Expected 'APr' of 'bags' to be a number or null"),
+        (lambda m: m["softmax"].pop("AP_0_10"), "Expected 'AP_0_10' of 'softmax'"),
+        (lambda m: m["softmax"].update(AP="high"), "got high"),
+        (None, "Expected JSON"),
+    ],
+    ids=["method", "metric", "group", "text", "cut"],
+)
+def test_summary_of_a_run_that_lacks_metrics(finished, tmp_path, capsys, change, message):
+    shutil.copy(finished / "layout.json", tmp_path)
+    metrics = json.loads((finished / "metrics.json").read_text())
+    if change is not None:
+        change(metrics)
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps(metrics)[: None if change else 40])
+    assert summarise_runs.main([str(finished), str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {path}: ")
+    assert message in printed
+    assert printed.count("\n") == 1
 
 
 def test_summary_of_what_is_no_run(tmp_path, capsys):
