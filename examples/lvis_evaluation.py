@@ -88,6 +88,11 @@ def evaluate_boxes(
     return metrics
 
 
+def check_installed() -> None:
+    """Raise ImportError now, rather than after training, if evaluation lacks a package."""
+    _official_classes()
+
+
 def read_frequencies(annotations: Source) -> dict[int, str]:
     """Return LVIS's "r", "c" or "f" by category id, from a training annotation file.
 

@@ -30,7 +30,13 @@ import torch
 import torchvision
 from detection_data import ImageError, LVISDetection, Target, collate, make_transforms
 from lvis_demo_data import write_demo_data
-from lvis_evaluation import Metrics, as_results, evaluate_boxes, read_frequencies
+from lvis_evaluation import (
+    Metrics,
+    as_results,
+    check_installed,
+    evaluate_boxes,
+    read_frequencies,
+)
 from run_folder import make_run_folder, write_checkpoint, write_json, write_text
 from small_detector import small_faster_rcnn
 from softmax_classifier import SoftmaxClassifier
@@ -69,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     folder = None
     try:
+        check_installed()
         device = find_device(args.device)
         folder = make_run_folder(args.output, f"torchvision-lvis-seed{args.seed}")
         data = load_data(args, folder)

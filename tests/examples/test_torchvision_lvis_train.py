@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import figures
 import lvis_demo_data
+import lvis_evaluation
 import run_folder
 import summarise_runs
 import torchvision_lvis_train as example
@@ -279,6 +280,14 @@ def test_after_a_failed_run_the_same_output_can_be_used(few, tmp_path, capsys):
     for path, content in zip(images, whole, strict=True):
         path.write_bytes(content)
     assert example.main([*SHORT, *arguments]) == 0
+
+
+def test_a_package_that_is_missing_is_told_before_training(few, tmp_path, monkeypatch, capsys):
+    lvis_evaluation._official_classes.cache_clear()
+    monkeypatch.setattr(lvis_evaluation.importlib.util, "find_spec", lambda name: None)
+    line = fails([*own_data(few), "--output", str(tmp_path / "run")], capsys)
+    assert line == "error: Evaluation needs the package lvis: pip install lvis pycocotools"
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_failed_run_keeps_is_told(few, tmp_path, monkeypatch, capsys):
