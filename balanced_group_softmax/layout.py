@@ -211,13 +211,11 @@ class GroupLayout:
         position, counted from 1, or 0 (`others`) when the label is background or belongs to
         another group.
         """
-        table = torch.zeros(self.num_groups, self.num_labels, dtype=torch.int64, device="cpu")
-        offset = self.foreground.start
+        tables = self.tables("cpu")
+        group_indices = torch.arange(self.num_groups, device="cpu")[:, None]
+        table = torch.where(tables.label_groups == group_indices, tables.label_positions, 0)
         if self.background is not None:
-            table[0, self.foreground] = 1
-        for row, group in enumerate(self.groups, start=self.num_groups - len(self.groups)):
-            for position, category in enumerate(group, start=1):
-                table[row, offset + category] = position
+            table[0] = tables.label_groups > 0
         return table
 
     def tables(self, device: torch.device | str | None = None) -> GroupTables:
@@ -424,21 +422,20 @@ class GroupLayout:
                 f"Expected groups x labels of at most {MAX_TABLE_ENTRIES}, got {self.num_groups} "
                 f"groups of {total} categories"
             )
+        seen: set[int] = set()
         for index, group in enumerate(self.groups):
             if any(after <= before for before, after in pairwise(group)):
                 raise ValueError(
                     f"Expected `groups[{index}]` to be ascending without repetition, got "
                     f"{shown(group)}"
                 )
-        group_of: dict[int, int] = {}
-        for index, group in enumerate(self.groups):
             for category in group:
-                if category in group_of or not 0 <= category < total:
+                if category in seen or not 0 <= category < total:
                     raise ValueError(
                         f"Expected `groups` to hold each of 0..{total - 1} once, got {category} "
-                        f"{'again ' if category in group_of else ''}in groups[{index}]"
+                        f"{'again ' if category in seen else ''}in groups[{index}]"
                     )
-                group_of[category] = index
+            seen.update(group)
 
     def _check_names(self) -> None:
         if len(self.names) != len(self.groups):
