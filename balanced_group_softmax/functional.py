@@ -14,7 +14,7 @@ from balanced_group_softmax.sampling import (
     check_labels,
     check_layout,
     draw,
-    find_bad_labels,
+    ignore_bad_labels,
 )
 
 REDUCTIONS = ("sum", "groups")
@@ -92,10 +92,7 @@ def grouped_softmax_loss(
         categories = (layout.num_categories,)
         _check_weights(category_weights, "category_weights", "[C]", categories, logits.device)
 
-    bad = None
-    if logits.device.type != "cpu" or torch.compiler.is_compiling():
-        bad = find_bad_labels(labels, layout, ignore_index)
-        labels = labels.masked_fill(bad, ignore_index)
+    labels, bad = ignore_bad_labels(labels, layout, ignore_index)
     if weights is None:
         weights = draw(labels, layout, others_ratio, generator, ignore_index, impl)
     losses: Tensor = dispatch.choose(impl, logits.device).group_losses(

@@ -39,8 +39,8 @@ def sample_others(
 
     Raises:
         TypeError: if the labels are not integers.
-        ValueError: if a label is out of range (checked on the CPU), the labels are not
-            one-dimensional, or the ratio is negative or NaN.
+        ValueError: if a label is out of range (checked on the CPU; elsewhere its row is
+            ignored), the labels are not one-dimensional, or the ratio is negative or NaN.
 
     Source: Li et al., CVPR 2020, section 4.2.
 
@@ -54,6 +54,7 @@ def sample_others(
     check_layout(layout)
     labels = check_labels(labels, layout, ignore_index)
     others_ratio = as_float(others_ratio, "others_ratio", lowest=0)
+    labels, _ = ignore_bad_labels(labels, layout, ignore_index)
     return draw(labels, layout, others_ratio, generator, ignore_index, impl="auto")
 
 
@@ -65,7 +66,7 @@ def draw(
     ignore_index: int,
     impl: str,
 ) -> Tensor:
-    """`sample_others` for arguments that have been checked; labels that are no label are ignored.
+    """`sample_others` for arguments that have been checked.
 
     The keys are drawn whatever the labels are, so a step moves the random state by R and G alone.
     """
@@ -112,7 +113,7 @@ def check_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tens
     if labels.ndim != 1:
         raise ValueError(f"Expected `labels` of shape [R], got {list(labels.shape)}")
     labels = labels.long()
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _values_are_checked(labels):
         # The extremes alone tell that all is well, as it nearly always is.
         lowest, highest = labels.aminmax() if labels.numel() else (0, 0)
         if lowest < 0 or highest >= layout.num_labels:
@@ -124,6 +125,24 @@ def check_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tens
                     f"got {int(labels[row])} at row {row}"
                 )
     return labels
+
+
+def ignore_bad_labels(
+    labels: Tensor, layout: GroupLayout, ignore_index: int
+) -> tuple[Tensor, Tensor | None]:
+    """Make rows ignored whose labels are out of range, where `check_labels` could not look.
+
+    So nothing is read out of bounds. Also returns which labels they are, bool [R], or None where
+    all have been checked.
+    """
+    if _values_are_checked(labels):
+        return labels, None
+    bad = find_bad_labels(labels, layout, ignore_index)
+    return labels.masked_fill(bad, ignore_index), bad
+
+
+def _values_are_checked(labels: Tensor) -> bool:
+    return labels.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def find_bad_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tensor:

@@ -499,3 +499,17 @@ def test_bad_generator() -> None:
 def test_bad_ignore_index(ignore_index: Any) -> None:
     with pytest.raises(BAD, match="ignore_index"):
         sample_others(MANY, TWO, ignore_index=ignore_index)
+
+
+def test_a_bad_label_that_cannot_be_looked_at_is_ignored() -> None:
+    torch._dynamo.reset()
+    layout = GroupLayout.from_counts([3, 50])
+    layout.tables("cpu")
+    sample = torch.compile(
+        lambda labels: sample_others(labels, layout, others_ratio=math.inf),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    active = sample(torch.tensor([1, 99, 0, -5]))
+    expected = sample_others(torch.tensor([1, -100, 0, -100]), layout, others_ratio=math.inf)
+    assert torch.equal(active, expected)
