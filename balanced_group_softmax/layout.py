@@ -266,7 +266,7 @@ class GroupLayout:
         partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         try:
             partial.write_text(self.to_json() + "\n", encoding="utf-8")
-            partial.replace(path)
+            os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise

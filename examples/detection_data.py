@@ -291,7 +291,10 @@ def image_names(row: dict[str, Any]) -> list[str]:
 def find_images(rows: Sequence[dict[str, Any]], folder: str | os.PathLike[str]) -> list[str]:
     """Return the path of each image, after a look at the folder only; no image is opened."""
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{os.fspath(folder)}: Expected the folder of the images")
+        found = "a file" if os.path.exists(folder) else "nothing"
+        raise FileNotFoundError(
+            f"{os.fspath(folder)}: Expected the folder of the images, found {found} there"
+        )
     root = os.path.realpath(folder)
     folders: dict[str, bool] = {}  # folder -> does it leave; few folders, many images
     paths, missing = [], []

@@ -169,9 +169,16 @@ def load_data(args: argparse.Namespace, folder: Path) -> Data:
             f"and {len(val)} in {val_annotations}"
         )
     if val.category_ids != train.category_ids:
+        missing, added = (
+            sorted(set(a) - set(b))[:5]
+            for a, b in (
+                (train.category_ids, val.category_ids),
+                (val.category_ids, train.category_ids),
+            )
+        )
         raise ValueError(
-            f"Expected the categories of {train_annotations} in {val_annotations}, "
-            f"got {len(val.category_ids)} categories for {len(train.category_ids)}, or other ids"
+            f"Expected the category ids of {train_annotations} in {val_annotations}; ids only in "
+            f"the former: {missing}, only in the latter: {added} (the first five of each)"
         )
     for dataset in (train, val):
         dataset.check_images(progress=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from balanced_group_softmax import BAGSHead, GroupLayout
+from balanced_group_softmax import GroupLayout
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
@@ -27,15 +27,21 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "annotations.json").write_text(json.dumps({"categories": rows}))
     model = detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=6)
     torch.save(model.state_dict(), tmp_path / "softmax.pth")
-    torch.save(BAGSHead(4, GroupLayout.from_counts(counts)).state_dict(), tmp_path / "bags.pth")
+    layout = GroupLayout.from_counts(counts, category_ids=range(5))
+    adapter = pytest.importorskip("balanced_group_softmax.adapters.torchvision")
+    bags = adapter.convert_to_bags(model, layout)
+    torch.save(bags.state_dict(), tmp_path / "bags.pth")
     monkeypatch.chdir(tmp_path)
-    assert len(BLOCKS) == 3
-    names: dict = {}
-    for block in BLOCKS:
+    assert len(BLOCKS) == 4
+    first, detector, classification, checkpoint = ({} for _ in BLOCKS)  # each runs alone
+    for block, names in zip(BLOCKS, (first, detector, classification, checkpoint), strict=True):
         exec(compile(block, str(README), "exec"), names)
-    assert names["scores"].shape == (8, 6)
-    assert sum(p.numel() for p in names["parameters"]) == 1024 * 11 + 11
-    assert names["layout"] == GroupLayout.from_counts(counts)
+    assert first["scores"].shape == (8, 6)
+    assert sum(p.numel() for p in detector["parameters"]) == 1024 * 11 + 11
+    assert detector["layout"] == checkpoint["layout"] == layout
+    assert classification["head"].layout.background is None
+    loaded = checkpoint["model"].roi_heads.box_predictor.cls_score
+    assert torch.equal(loaded.fc.weight, bags.roi_heads.box_predictor.cls_score.fc.weight)
 
 
 def test_the_two_commands_are_there() -> None:
