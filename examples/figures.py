@@ -108,7 +108,7 @@ def plot_weight_norms(
         for members in groups:
             some = list(members)
             if some:
-                ends = [place[some].min() - 0.4, place[some].max() + 0.4]
+                ends = [float(np.min(place[some])) - 0.4, float(np.max(place[some])) + 0.4]
                 mean = float(np.mean(np.asarray(values)[some]))
                 axes.plot(ends, [mean, mean], color=colour, linewidth=2.2, solid_capstyle="butt")
     axes.set_zorder(instances.get_zorder() + 1)
