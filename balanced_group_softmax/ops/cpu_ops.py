@@ -23,7 +23,7 @@ def sample_others(
     """Which rows count in which group, as `reference.sample_others`; [R, G], stored by group."""
     groups, _ = _groups_and_positions(labels, tables, ignore_index)
     valid = groups >= 0
-    num_valid = np.count_nonzero(valid)
+    num_valid = int(np.count_nonzero(valid))
     active = np.zeros((tables.num_groups, len(groups)), dtype=bool)
     if tables.has_background:
         active[0] = valid
