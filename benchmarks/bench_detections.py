@@ -28,8 +28,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torchvision
-from timing import Timing, environment, interleave, markdown_table, write_json
+from machine import environment
+from records import markdown_table, write_json
+from timing import Timing, interleave
 from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import batched_nms, clip_boxes_to_image, nms, remove_small_boxes
@@ -293,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    facts = environment(torch.device(options.device)) | {"torchvision": torchvision.__version__}
+    facts = environment(torch.device(options.device))
     results = [measure(case, options) for case in all_cases(options.quick)]
     results.append(measure_whole(options))
 

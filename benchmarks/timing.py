@@ -1,23 +1,18 @@
-"""Fair timing of alternatives: interleaved rounds, medians, and a record of the machine.
+"""Fair timing of alternatives: interleaved rounds and medians.
 
 Every round runs each alternative, once or in a burst, in an order shuffled anew, so that a slow
-spell of the machine falls on all of them alike. The clean-up that a caller does between calls
-(dropping a gradient) is not timed.
+spell of the machine falls on all of them alike. What a caller does between calls (preparing a
+graph, dropping a gradient) is not timed.
 """
 
 import ctypes
 import gc
-import json
-import platform
 import random
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 Call = Callable[[int], object]
@@ -71,7 +66,8 @@ def interleave(
     burst: int = 1,
     warmup: int = 3,
     device: torch.device | None = None,
-    after: Callable[[int], object] | None = None,
+    before: Mapping[str, Call] | None = None,
+    after: Call | None = None,
     seed: int = 0,
     clock: str = "wall",
     max_seconds: float = float("inf"),
@@ -86,6 +82,7 @@ def interleave(
             full of another alternative's code and data; with more, the median is that of a loop.
         warmup: Untimed runs of each alternative before the first timed one.
         device: Where the work happens; a CUDA device is waited for on both sides of a call.
+        before: Of some alternatives, what is called untimed with the round number before a call.
         after: Called, untimed, with the round number after every call.
         seed: Of the shuffles.
         clock: "wall", or "cpu" for the processor time of all threads, which does not grow when
@@ -95,7 +92,9 @@ def interleave(
     where = device or torch.device("cpu")
     now = CLOCKS[clock]
     for turn in range(warmup):
-        for call in calls.values():
+        for name, call in calls.items():
+            if before and name in before:
+                before[name](turn)
             call(turn)
             if after is not None:
                 after(turn)
@@ -110,6 +109,8 @@ def interleave(
             shuffle(names)
             for name in names:
                 for run in range(turn * burst, (turn + 1) * burst):
+                    if before and name in before:
+                        before[name](run)
                     _synchronize(where)
                     start = now()
                     result = calls[name](run)
@@ -133,54 +134,3 @@ def summarize(milliseconds: Sequence[float]) -> Timing:
     else:
         lower = median = upper = milliseconds[0]
     return Timing(median, lower, upper, min(milliseconds), len(milliseconds))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.machine())
-
-
-def _commit() -> str:
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def environment(device: torch.device | None = None) -> dict[str, str | int]:
-    """What a reader needs in order to judge the figures: machine, versions, commit."""
-    facts: dict[str, str | int] = {
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "commit": _commit(),
-    }
-    if device is not None and device.type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(device)
-        facts["cuda"] = str(torch.version.cuda)
-    return facts
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; the first column is aligned left, the others right."""
-    ruler = ["---"] + ["---:"] * (len(header) - 1)
-    lines = [header, ruler, *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
-def write_json(path: Path, record: Mapping[str, object]) -> None:
-    """Writes a record as JSON; dataclasses in it become objects."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2, default=asdict) + "\n")

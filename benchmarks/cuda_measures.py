@@ -1,0 +1,154 @@
+"""What only a GPU has: graphs, launches, waits of the host, its own memory.
+
+A step is a function of the round number, which picks the input buffers; it returns what it made,
+so that the caller decides how long that lives.
+"""
+
+import gc
+import json
+import math
+import tempfile
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from records import Result
+from timing import Call, Timing, summarize
+
+STEPS_IN_A_GRAPH = 32
+WAIT = "called a synchronizing"
+DEFAULT_L2 = 50 << 20
+BUSY = "GPU busy, one step"
+"""The sum over kernels, which leaves out the gaps between them and all waiting."""
+
+
+def measure_steps(
+    result: Result,
+    steps: Mapping[str, Call],
+    *,
+    buffers: int,
+    bytes_of_logits: int,
+    rounds: int,
+    device: torch.device,
+) -> None:
+    """Adds to a result all that this module measures, for each alternative."""
+    graphs = {"graph, cold": buffers, "graph, warm": 1}
+    for name, step in steps.items():
+        waits = result.attempt(f"{name}, waits", partial(host_waits, step, device))
+        result.count("waits of the host", name, waits)
+        peak = result.attempt(f"{name}, peak memory", partial(peak_bytes, step, device))
+        if peak is not None:
+            result.count("peak memory / logits", name, peak / bytes_of_logits)
+        if waits:
+            result.problems.append(f"{name}, graph: cannot be captured, as the host waits in it")
+        for kind, turns in graphs.items() if waits == 0 else ():
+            time_it = partial(graph_time, step, device, buffers=turns, rounds=rounds)
+            timing = result.attempt(f"{name}, {kind}", time_it)
+            if timing is not None:
+                result.times.setdefault(kind, {})[name] = timing
+        seen = result.attempt(f"{name}, launches", partial(launches, step, device))
+        if seen is not None:
+            number, busy = seen
+            result.count("launches", name, number)
+            result.times.setdefault(BUSY, {})[name] = summarize([busy])
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def buffers_that_exceed_the_cache(buffer_bytes: int, device: torch.device) -> int:
+    """How many buffers to take in turns so that none is still in L2 when its turn comes."""
+    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or DEFAULT_L2
+    return max(2, min(256, math.ceil(1.5 * cache / max(buffer_bytes, 1))))
+
+
+def graph_time(step: Call, device: torch.device, *, buffers: int, rounds: int) -> Timing:
+    """Milliseconds of a step inside a CUDA graph of many.
+
+    The graph holds at least `STEPS_IN_A_GRAPH` steps one after the other, so that neither the
+    host nor the launch of the graph is part of the time. What a step made lives until its buffer's
+    next turn: with one buffer everything stays in the same place and so in L2 (warm), with
+    enough of them neither inputs nor outputs are there (cold).
+
+    A step that makes the host wait cannot be captured, and an attempt would leave the random state
+    of the device unusable: count its waits first.
+    """
+    steps = buffers * math.ceil(STEPS_IN_A_GRAPH / buffers)
+    aside = torch.cuda.Stream(device)
+    aside.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(aside):
+        for turn in range(3):
+            step(turn % buffers)
+    torch.cuda.current_stream(device).wait_stream(aside)
+    torch.cuda.synchronize(device)
+
+    graph = torch.cuda.CUDAGraph()
+    made: list[object] = [None] * buffers
+    with torch.cuda.graph(graph):
+        for turn in range(steps):
+            made[turn % buffers] = None
+            made[turn % buffers] = step(turn % buffers)
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize(device)
+
+    milliseconds = []
+    for _ in range(rounds):
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        milliseconds.append(start.elapsed_time(end) / steps)
+    made.clear()
+    graph.reset()
+    return summarize(milliseconds)
+
+
+def launches(step: Call, device: torch.device) -> tuple[int, float]:
+    """Kernels, copies and fills of one step, and the milliseconds that they keep the GPU busy."""
+    step(0)
+    torch.cuda.synchronize(device)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        made = step(1)
+        torch.cuda.synchronize(device)
+    del made
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    if not work:
+        raise RuntimeError("the profiler saw no work on the GPU")
+    return len(work), sum(float(event["dur"]) for event in work) / 1000
+
+
+def host_waits(step: Call, device: torch.device) -> int:
+    """How often the host waits for the GPU within a step."""
+    step(0)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step(1)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return sum(WAIT in str(warning.message) for warning in caught)
+
+
+def peak_bytes(step: Call, device: torch.device) -> int:
+    """Most memory that tensors of a step take at once, its results included."""
+    step(0)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    made = step(0)
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del made
+    return peak
