@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from machine import environment
+from machine import environment, why_no_device
 from records import markdown_table, write_json
 from timing import Timing, interleave
 from torch import Tensor
@@ -287,7 +287,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="trained scores at threshold 0 only")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the record here")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    why_not = why_no_device(options.device)
+    if why_not:
+        parser.error(why_not)
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:

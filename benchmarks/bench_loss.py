@@ -18,29 +18,23 @@ also the time within a CUDA graph, with buffers that rotate through more than th
 import argparse
 import itertools
 import math
-import time
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 from buffers import BUFFERS, Copies, LossSteps, bytes_of_logits, make_logits, number_of_buffers
 from cuda_measures import measure_steps
-from machine import environment
 from peak_memory import in_fresh_process
 from peers import Peer, agreement, brief, loss_peers
 from profiles import (
     OTHERS_RATIO,
-    PUBLISHED,
     Profile,
     draw_labels,
     live_fraction,
-    named_profile,
-    read_profile,
 )
-from records import OURS, Case, Result, number, result_tables, write_json
-from timing import CLOCKS, Call, Timing, hold_memory, interleave
+from program import Run, common_parser, parse
+from records import OURS, Case, Result
+from timing import Call, Timing, interleave
 
 ROWS = (128, 512, 1024, 8192)
 FOREGROUND = ("0.05", "0.10", "0.25")
@@ -180,50 +174,17 @@ def check_reproducible(
     return same
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--dtype", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"]
-    )
-    parser.add_argument("--impl", nargs="+", default=["auto"], help="implementations of ours")
-    parser.add_argument("--layout", nargs="+", default=["lvis_v0.5"], choices=list(PUBLISHED))
-    parser.add_argument("--counts", type=Path, help="JSON list of LVIS categories instead")
-    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+def parse_loss(arguments: list[str] | None) -> argparse.Namespace:
+    parser = common_parser(__doc__, ROWS)
     parser.add_argument(
         "--foreground",
         nargs="+",
         default=list(FOREGROUND),
-        help="shares of foreground rows, and `all`: every row counts in every group",
+        help=f"shares of foreground rows, and `{ALL}`: every row counts in every group",
     )
     parser.add_argument(
         "--passes", nargs="+", default=["both"], choices=["forward", "backward", "both"]
     )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument(
-        "--clock",
-        choices=list(CLOCKS),
-        default="wall",
-        help="cpu: processor time, for a machine that others use too",
-    )
-    parser.add_argument(
-        "--memory",
-        choices=["adaptive", "kept", "returned"],
-        default="adaptive",
-        help="freed memory: kept as in a long-running process, returned to the system as in a "
-        "fresh one, or as the C library sees fit",
-    )
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument(
-        "--burst",
-        type=int,
-        default=8,
-        help="runs in a row; 1: every run finds the caches full of another alternative's work",
-    )
-    parser.add_argument("--max-seconds", type=float, default=20.0, help="per size and pass")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no new size after these")
     parser.add_argument(
         "--compile", type=int, nargs="*", metavar="R", help="also time torch.compile (at these R)"
     )
@@ -235,107 +196,40 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="R",
         help="measure peak memory on the CPU at these R (on a GPU it always is)",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, 25 %% foreground only")
-    parser.add_argument("--json", type=Path, help="write the record here")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     if options.quick:
-        options.rounds, options.max_seconds = min(options.rounds, 10), min(options.max_seconds, 5.0)
         options.foreground = ["0.25"]
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    deadline = time.monotonic() + 60 * options.minutes
-    torch.set_num_threads(options.threads)
-    hold_memory(options.memory)
-    device = torch.device(options.device)
-    np.random.seed(0)
-    torch.manual_seed(0)
-    profiles = (
-        [read_profile(options.counts)]
-        if options.counts
-        else [named_profile(name) for name in options.layout]
-    )
-    facts = environment(device)
-    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-
-    results: list[Result] = []
-    skipped: dict[str, str] = {}
-    agreements, reproducible = {}, {}
-    for profile in profiles:
+    options = parse_loss(arguments)
+    run = Run("loss", options)
+    compiled = options.compile is not None
+    reproducible = {}
+    for profile in run.profiles():
         peers = {}
         for ratio in (OTHERS_RATIO, math.inf):
             peers[ratio], reasons = loss_peers(
-                profile, ratio, device, options.impl, compiled=options.compile is not None
+                profile, ratio, run.device, options.impl, compiled=compiled
             )
-            skipped |= reasons
-        agreements[profile.name] = check_agreement(peers[math.inf], profile, device)
-        reproducible[profile.name] = check_reproducible(peers[OTHERS_RATIO], profile, device)
+            run.skipped |= reasons
+        run.agreement[profile.name] = check_agreement(peers[math.inf], profile, run.device)
+        reproducible[profile.name] = check_reproducible(peers[OTHERS_RATIO], profile, run.device)
         for case in cases(profile, options):
-            if time.monotonic() > deadline:
-                skipped[str(case)] = f"{options.minutes:g} minutes were over"
-                continue
-            ratio = math.inf if case.all_active else OTHERS_RATIO
-            results.append(measure(case, peers[ratio], profile, ratio, options))
-            print(progress(results[-1]), flush=True)
+            if run.has_time_for(case):
+                ratio = math.inf if case.all_active else OTHERS_RATIO
+                run.add(measure(case, peers[ratio], profile, ratio, options))
     if options.quick:
-        skipped["5 % and 10 % foreground, most rounds"] = "--quick"
-    faults = report(results, agreements, skipped)
-    if options.json:
-        record = {
-            "benchmark": "loss",
-            "others_ratio": OTHERS_RATIO,
-            "environment": facts,
-            "options": {k: str(v) for k, v in vars(options).items() if k != "json"},
-            "agreement": agreements,
-            "reproducible": reproducible,
-            "results": results,
-            "skipped": skipped,
-        }
-        write_json(options.json, record)
-    return 1 if faults else 0
+        run.skipped["other shares of foreground, most rounds"] = "--quick"
+    run.more = {"others_ratio": OTHERS_RATIO, "reproducible": reproducible}
+    return run.finish(relative_to="original")
 
 
 def cases(profile: Profile, options: argparse.Namespace) -> Iterator[Case]:
     for dtype, share, rows in itertools.product(options.dtype, options.foreground, options.rows):
         foreground = ALL_ACTIVE_FOREGROUND if share == ALL else float(share)
         yield Case(profile.name, profile.num_logits, dtype, rows, foreground, share == ALL)
-
-
-def progress(result: Result) -> str:
-    """One line: the size, and the first kind of time that was measured."""
-    medians = [
-        f"{name} {number(timing.median)}"
-        for name, timing in next(iter(result.times.values()), {}).items()
-    ]
-    return f"{result.case}: {', '.join(medians) or 'nothing measured'} ms"
-
-
-def report(
-    results: list[Result],
-    agreements: Mapping[str, Mapping[str, Mapping[str, object]]],
-    skipped: Mapping[str, str],
-) -> list[str]:
-    """Print the tables and what is missing; return what must not happen."""
-    faults = []
-    print("\n" + result_tables(results, relative_to="original") + "\n")
-    for layout, found in agreements.items():
-        for name, facts in found.items():
-            if facts["agrees"] is not True:
-                faults.append(f"{name} disagrees, {layout}: {facts}")
-    if not any(name.startswith(OURS) for result in results for name in _names(result)):
-        faults.append("this library's own loss was not measured")
-    print("\n".join(f"FAULT: {fault}" for fault in faults))
-    for result in results:
-        for problem in result.problems:
-            print(f"Not measured: {result.case}: {problem}")
-    print("Skipped: " + "; ".join(f"{name} ({reason})" for name, reason in skipped.items()))
-    return faults
-
-
-def _names(result: Result) -> set[str]:
-    return {name for times in result.times.values() for name in times}
 
 
 if __name__ == "__main__":

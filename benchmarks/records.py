@@ -51,6 +51,14 @@ class Result:
     problems: list[str] = field(default_factory=list)
     """What could not be measured, and why."""
 
+    def progress(self) -> str:
+        """One line: the size, and the first kind of time that was measured."""
+        medians = [
+            f"{name} {number(timing.median)}"
+            for name, timing in next(iter(self.times.values()), {}).items()
+        ]
+        return f"{self.case}: {', '.join(medians) or 'nothing measured,'} ms"
+
     def count(self, kind: str, name: str, value: float | None) -> None:
         """Keep a count, unless it could not be taken."""
         if value is not None:

@@ -1,0 +1,137 @@
+"""What `bench_loss.py` and `bench_scores.py` share as programs: options, set-up, report."""
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from machine import environment, why_no_device
+from profiles import PUBLISHED, Profile, named_profile, read_profile
+from records import OURS, Result, result_tables, write_json
+from timing import CLOCKS, hold_memory
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def common_parser(description: str | None, rows: Sequence[int]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
+    parser.add_argument("--impl", nargs="+", default=["auto"], help="implementations of ours")
+    parser.add_argument("--layout", nargs="+", default=["lvis_v0.5"], choices=list(PUBLISHED))
+    parser.add_argument("--counts", type=Path, help="JSON list of LVIS categories instead")
+    parser.add_argument("--rows", type=int, nargs="+", default=list(rows))
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="wall",
+        help="cpu: processor time, for a machine that others use too",
+    )
+    parser.add_argument(
+        "--memory",
+        choices=["adaptive", "kept", "returned"],
+        default="adaptive",
+        help="freed memory: kept as in a long-running process, returned to the system as in a "
+        "fresh one, or as the C library sees fit",
+    )
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument(
+        "--burst",
+        type=int,
+        default=8,
+        help="runs in a row; 1: every run finds the caches full of another alternative's work",
+    )
+    parser.add_argument("--max-seconds", type=float, default=20.0, help="per size")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no new size after these")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, fewer sizes")
+    parser.add_argument("--json", type=Path, help="write the record here")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.rounds, options.max_seconds = min(options.rounds, 10), min(options.max_seconds, 5.0)
+    why_not = why_no_device(options.device)
+    if why_not:
+        parser.error(why_not)
+    return options
+
+
+class Run:
+    """One run of a program: what it has measured so far, and what is to be said of it."""
+
+    def __init__(self, benchmark: str, options: argparse.Namespace) -> None:
+        torch.set_num_threads(options.threads)
+        hold_memory(options.memory)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        self.benchmark, self.options = benchmark, options
+        self.device = torch.device(options.device)
+        self.facts = environment(self.device)
+        self.deadline = time.monotonic() + 60 * options.minutes
+        self.results: list[Result] = []
+        self.skipped: dict[str, str] = {}
+        self.agreement: dict[str, dict[str, dict[str, object]]] = {}
+        self.more: dict[str, object] = {}
+        print(", ".join(f"{name} {value}" for name, value in self.facts.items()), flush=True)
+
+    def profiles(self) -> list[Profile]:
+        if self.options.counts:
+            return [read_profile(self.options.counts)]
+        return [named_profile(name) for name in self.options.layout]
+
+    def has_time_for(self, what: object) -> bool:
+        if time.monotonic() <= self.deadline:
+            return True
+        self.skipped[str(what)] = f"{self.options.minutes:g} minutes were over"
+        return False
+
+    def add(self, result: Result) -> None:
+        self.results.append(result)
+        print(result.progress(), flush=True)
+
+    def finish(self, *, relative_to: str) -> int:
+        """Print the tables and what is missing, write the record; the exit status."""
+        print(f"\n{result_tables(self.results, relative_to=relative_to)}\n")
+        for result in self.results:
+            for problem in result.problems:
+                print(f"Not measured: {result.case}: {problem}")
+        reasons = [f"{name} ({reason})" for name, reason in self.skipped.items()]
+        print(f"Skipped: {'; '.join(reasons) or 'nothing'}")
+        faults = self.faults()
+        for fault in faults:
+            print(f"FAULT: {fault}")
+        if self.options.json:
+            settings = vars(self.options).items()
+            record = {
+                "benchmark": self.benchmark,
+                "environment": self.facts,
+                "options": {name: str(value) for name, value in settings if name != "json"},
+                "agreement": self.agreement,
+                **self.more,
+                "results": self.results,
+                "skipped": self.skipped,
+                "faults": faults,
+            }
+            write_json(self.options.json, record)
+        return 1 if faults else 0
+
+    def faults(self) -> list[str]:
+        """What must not happen: alternatives that disagree, or none of ours."""
+        faults = [
+            f"{name} disagrees, {layout}: {facts}"
+            for layout, found in self.agreement.items()
+            for name, facts in found.items()
+            if facts["agrees"] is not True
+        ]
+        names = {name for r in self.results for times in r.times.values() for name in times}
+        if self.results and not any(name.startswith(OURS) for name in names):
+            faults.append("this library was not measured")
+        return faults
