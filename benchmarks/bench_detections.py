@@ -299,16 +299,33 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     facts = environment(torch.device(options.device))
-    results = [measure(case, options) for case in all_cases(options.quick)]
-    results.append(measure_whole(options))
-
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    print(f"{options.rows} proposals, {options.categories} categories; medians of wall time\n")
-    print(table(results))
+    print(f"{options.rows} proposals, {options.categories} categories; medians of wall time")
+    results = []
+    for case in all_cases(options.quick):
+        results.append(measure(case, options))
+        boxes = "boxes per category" if case.per_class else "one box a row"
+        print(
+            f"{case.kind}, {boxes}, threshold {case.score_threshold:g}: "
+            f"{results[-1].ratio:.0f} times faster",
+            flush=True,
+        )
+    results.append(measure_whole(options))
+    shown = table(results)
+    print(f"\n{shown}")
     if options.json is not None:
         record = [asdict(result) | {"ratio": result.ratio} for result in results]
         settings = {name: str(value) for name, value in vars(options).items() if name != "json"}
-        write_json(options.json, {"environment": facts, "options": settings, "results": record})
+        write_json(
+            options.json,
+            {
+                "benchmark": "detections",
+                "environment": facts,
+                "options": settings,
+                "results": record,
+                "table": shown,
+            },
+        )
     return 0 if all(result.identical for result in results) else 1
 
 

@@ -104,7 +104,7 @@ def wall_times(
         calls,
         rounds=options.rounds,
         burst=options.burst,
-        warmup=BUFFERS,
+        warmup=min(BUFFERS, len(copies.sources)),
         device=torch.device(options.device),
         before={name: step.prepare for name, step in steps.items()}
         if one_pass == "backward"

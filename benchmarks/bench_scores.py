@@ -92,7 +92,7 @@ def measure(case: Case, peers: dict[str, Scores], options: argparse.Namespace) -
         steps,
         rounds=options.rounds,
         burst=options.burst,
-        warmup=BUFFERS,
+        warmup=min(BUFFERS, buffers),
         device=device,
         clock=options.clock,
         max_seconds=options.max_seconds,

@@ -182,12 +182,12 @@ def _ratio(numerator: float | None, denominator: float | None) -> float | None:
     return numerator / denominator if numerator is not None and denominator else None
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that another one of its name is replaced whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -195,4 +195,4 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, record: Mapping[str, object]) -> None:
     """Write a record as JSON; dataclasses in it become objects."""
-    write_text(path, json.dumps(record, indent=1, default=asdict) + "\n")
+    write_bytes(path, (json.dumps(record, indent=1, default=asdict) + "\n").encode())

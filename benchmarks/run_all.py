@@ -1,0 +1,261 @@
+"""Runs all benchmarks, and the GPU tests if asked to, and puts the outcome on one page.
+
+Writes `<machine>.json`, `<machine>.md` and plots to `benchmarks/results`, each in one piece at the
+end, so that a run that is stopped leaves older results as they were. Every part runs in a process
+of its own: one that fails is named on the page, and the others still count.
+
+    python benchmarks/run_all.py                        # a GPU if there is one, else the CPU
+    python benchmarks/run_all.py --device cpu --quick
+    python benchmarks/run_all.py --device cuda --tests  # the GPU check: tests, goals, figures
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from goals import BOTH, COLD, SCORES, all_goals
+from machine import environment, machine_name, why_no_device
+from page import Outcome, Part, goals_table, make_page, measurements
+from records import write_bytes, write_json
+
+HERE = Path(__file__).resolve().parent
+SHARES = ["0.05", "0.10", "0.25"]
+GRACE = 120
+"""Seconds that a part may go on beyond its minutes, for the size that it is at."""
+
+
+def parts_to_run(device: str, quick: bool) -> list[list[str]]:
+    """Programs and their arguments; what the goals need comes first."""
+    if device == "cpu":
+        return _quick_cpu_parts() if quick else _cpu_parts()
+    parts = _quick_cuda_parts() if quick else _cuda_parts()
+    return [[*part, "--device", device] for part in parts]
+
+
+def _cpu_parts() -> list[list[str]]:
+    loss = ["bench_loss.py", "--memory", "kept"]
+    short = [*loss, "--max-seconds", "5"]
+    scores = ["bench_scores.py", "--memory", "kept", "--max-seconds", "5"]
+    wide = ["--layout", "v3det", "--burst", "2", "--max-seconds", "8"]
+    return [
+        [*loss, "--foreground", *SHARES, "--peaks", "8192", "--max-seconds", "10"],
+        [*scores, "--layout", "lvis_v0.5", "lvis_v1"],
+        ["bench_detections.py", "--quick", "--rounds", "3"],
+        [*loss, *wide, "--foreground", *SHARES, "--rows", "512", "1024"],
+        [*loss, *wide, "--foreground", "0.25", "--rows", "8192", "--burst", "1", "--rounds", "3"],
+        [*short, "--foreground", "0", "all", "--rows", "1024", "8192", "--peaks", "8192"],
+        [*short, "--foreground", "0.25", "--rows", "1024", "--passes", "forward", "backward"],
+        [*short, "--layout", "lvis_v1", "--foreground", "0.10"],
+        [*short, "--dtype", "bfloat16", "float16", "--foreground", "0.10", "--rows", "1024"],
+        [*scores, *wide, "--rows", "1000"],
+        [*short, "--foreground", "0.25", "--rows", "2048", "--compile"],
+    ]
+
+
+def _quick_cpu_parts() -> list[list[str]]:
+    loss = ["bench_loss.py", "--memory", "kept", "--quick"]
+    return [
+        [*loss, "--peaks", "8192", "--burst", "4", "--max-seconds", "3"],
+        ["bench_scores.py", "--memory", "kept", "--quick", "--rows", "1000", "--max-seconds", "2"],
+        ["bench_detections.py", "--quick", "--rounds", "1"],
+        [*loss, "--layout", "v3det", "--rows", "512", "--burst", "1", "--max-seconds", "2"],
+    ]
+
+
+def _cuda_parts() -> list[list[str]]:
+    loss = ["bench_loss.py", "--max-seconds", "3", "--rounds", "20"]
+    scores = ["bench_scores.py", "--max-seconds", "3", "--rounds", "20"]
+    both = ["--dtype", "float32", "bfloat16"]
+    small, large = ["512", "1024"], ["8192", "65536"]
+    passes = ["--passes", "forward", "backward"]
+    main = [*loss, *both, "--foreground", "0.10", "all"]
+    return [
+        [*main, "--rows", *small, *large, "--compile", *small],
+        [*scores, *both, "--rows", "300", "1000", *large],
+        [*loss, "--foreground", "0", "0.05", "0.25", "--rows", *small, "--compile"],
+        ["bench_detections.py", "--quick", "--rounds", "3"],
+        [*main, "--layout", "v3det", "--rows", "512", *large],
+        [*loss, "--foreground", "0", "0.05", "0.25", "--rows", *large],
+        [*loss, *both, "--layout", "lvis_v1", "--foreground", "0.10", "--rows", "1024", *large],
+        [*loss, "--dtype", "float16", "--foreground", "0.10", "--rows", "1024", *large],
+        [*loss, *passes, "--foreground", "0.10", "--rows", "1024", "8192"],
+        [*scores, *both, "--layout", "lvis_v1", "v3det", "--rows", "1000", "8192"],
+        [*scores, "--dtype", "float16", "--rows", "1000", "8192"],
+    ]
+
+
+def _quick_cuda_parts() -> list[list[str]]:
+    loss = ["bench_loss.py", "--max-seconds", "2", "--rounds", "10"]
+    return [
+        [*loss, "--rows", "1024", "8192", "--foreground", "0.10", "all"],
+        ["bench_scores.py", "--max-seconds", "2", "--rounds", "10", "--rows", "1000", "8192"],
+        ["bench_detections.py", "--quick", "--rounds", "3"],
+    ]
+
+
+def run_part(arguments: Sequence[str], seconds: float) -> Part:
+    """Run one program, show its progress, and read the record that it wrote."""
+    command = shlex.join(["python", f"benchmarks/{arguments[0]}", *arguments[1:]])
+    print(f"\n{command}", flush=True)
+    if seconds <= 0:
+        return Part(command, None, "not started, the time was over")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "record.json"
+        limits = [] if "detections" in arguments[0] else ["--minutes", f"{seconds / 60:.2f}"]
+        full = [sys.executable, str(HERE / arguments[0]), *arguments[1:], *limits]
+        with (Path(folder) / "errors").open("w+") as errors:
+            process = subprocess.Popen(
+                [*full, "--json", str(path)], stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+            clock = threading.Timer(seconds + GRACE, process.kill)
+            clock.start()
+            try:
+                _show_progress(process)
+                status = process.wait()
+            finally:
+                stopped = not clock.is_alive()
+                clock.cancel()
+                process.kill()
+            errors.seek(0)
+            last_words = errors.read().strip().splitlines()[-1:]
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if stopped:
+        return Part(command, record, f"stopped after {seconds + GRACE:.0f} seconds")
+    if record is None:
+        return Part(command, None, " ".join(last_words) or f"exit status {status}")
+    if status != 0 and not record.get("faults"):
+        return Part(command, record, f"exit status {status}")
+    return Part(command, record)
+
+
+def _show_progress(process: "subprocess.Popen[str]") -> None:
+    """Echo lines as they come, up to the tables, which are left to the page."""
+    tables = False
+    for number, line in enumerate(process.stdout or ()):
+        tables = tables or not line.strip()
+        if number and (not tables or line.startswith("FAULT")):
+            print("  " + line.rstrip(), flush=True)
+
+
+def run_tests() -> str:
+    """Run the tests that need a GPU: what pytest says at the end."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--no-header", "--durations=0"]
+    print("\npython -m pytest -m gpu", flush=True)
+    done = subprocess.run(
+        [*command, "--color=no", "-p", "no:cacheprovider"],
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stdout.strip().splitlines()
+    summary = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
+    last = lines[-1].strip("= ") if lines else (done.stderr.strip() or "no output")
+    print(f"  {last}", flush=True)
+    verdicts = {0: "passed", 5: "there are no tests to run"}
+    verdict = verdicts.get(done.returncode, f"FAILED (exit status {done.returncode})")
+    text = "\n".join([*summary, last])
+    return f"`python -m pytest -m gpu`: {verdict}\n\n```\n{text}\n```"
+
+
+def draw_pictures(outcome: Outcome, folder: Path) -> list[tuple[str, str]]:
+    """Write the plots; title and file name of each."""
+    found = measurements(outcome)
+    try:
+        from plots import plot_over_copy
+    except ImportError as error:
+        outcome.skipped["plots"] = f"{error}: pip install matplotlib"
+        return []
+    pictures = []
+    for name, title, results, kinds in (
+        ("loss", "Loss and gradient", found.loss, (COLD, BOTH)),
+        ("scores", "Scores", found.scores, (COLD, SCORES)),
+    ):
+        for kind in kinds:
+            png = plot_over_copy(results, kind, title)
+            if png is not None:
+                suffix = name if kind != COLD else f"{name}-graph"
+                file = f"{outcome.machine}-{suffix}.png"
+                write_bytes(folder / file, png)
+                pictures.append((f"{title}, time over copy time against rows, {kind}", file))
+    return pictures
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
+    parser.add_argument("--quick", action="store_true", help="what the main goals need, roughly")
+    parser.add_argument("--tests", action="store_true", help="first run the tests that need a GPU")
+    parser.add_argument("--minutes", type=float, default=15, help="no new size after these")
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder")
+    options = parser.parse_args(arguments)
+    if options.device is None:
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    why_not = why_no_device(options.device)
+    if why_not:
+        parser.error(why_not)
+    return options
+
+
+def main(arguments: list[str] | None = None, parts: list[list[str]] | None = None) -> int:
+    """Run and write everything.
+
+    Args:
+        arguments: of the command line.
+        parts: programs and their arguments in place of `parts_to_run`.
+    """
+    options = parse(arguments)
+    device = torch.device(options.device)
+    deadline = time.monotonic() + 60 * options.minutes
+    given = sys.argv[1:] if arguments is None else arguments
+    outcome = Outcome(
+        machine=machine_name(device),
+        device=device.type,
+        facts={name: fact for name, fact in environment(device).items() if name != "threads"},
+        command=shlex.join(["python", "benchmarks/run_all.py", *given]),
+        parts=[],
+    )
+    if options.tests:
+        outcome.tests = run_tests()
+    if device.type != "cuda":
+        outcome.skipped["everything on a GPU"] = (
+            "--device cpu" if torch.cuda.is_available() else "PyTorch finds no GPU here"
+        )
+    if options.quick:
+        outcome.skipped["most sizes and rounds"] = "--quick"
+    outcome.skipped["detections of other kinds of scores"] = "bench_detections.py without --quick"
+    for part in parts if parts is not None else parts_to_run(options.device, options.quick):
+        outcome.parts.append(run_part(part, deadline - time.monotonic()))
+
+    found = measurements(outcome)
+    goals = all_goals(found)
+    folder: Path = options.output
+    pictures = draw_pictures(outcome, folder)
+    record = {
+        "machine": outcome.machine,
+        "command": outcome.command,
+        "environment": outcome.facts,
+        "tests": outcome.tests or "not asked for (--tests)",
+        "goals": goals,
+        "skipped": outcome.skipped,
+        "parts": outcome.parts,
+    }
+    write_bytes(folder / f"{outcome.machine}.md", make_page(outcome, found, pictures).encode())
+    write_json(folder / f"{outcome.machine}.json", record)
+    print(f"\n{goals_table(goals)}\n\nThe page: {folder / outcome.machine}.md")
+    failed = any(part.problem or (part.record or {}).get("faults") for part in outcome.parts)
+    return 1 if failed or "FAILED" in outcome.tests else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
