@@ -14,7 +14,6 @@ from balanced_group_softmax.sampling import (
     check_labels,
     check_layout,
     draw,
-    ignore_bad_labels,
 )
 
 REDUCTIONS = ("sum", "groups")
@@ -92,20 +91,20 @@ def grouped_softmax_loss(
         categories = (layout.num_categories,)
         _check_weights(category_weights, "category_weights", "[C]", categories, logits.device)
 
-    labels, bad = ignore_bad_labels(labels, layout, ignore_index)
+    normalizers = None
     if weights is None:
-        weights = draw(labels, layout, others_ratio, generator, ignore_index, impl)
+        weights, normalizers = draw(labels, layout, others_ratio, generator, ignore_index, impl)
     losses: Tensor = dispatch.choose(impl, logits.device).group_losses(
         logits,
         labels,
         weights,
         layout.tables(logits.device),
         category_weights=category_weights,
+        normalizers=normalizers if category_weights is None else None,
         ignore_index=ignore_index,
+        reduction=reduction,
     )
-    if bad is not None:
-        losses = torch.where(bad.any(), torch.nan, losses)
-    return losses.sum() if reduction == "sum" else losses
+    return losses
 
 
 def grouped_softmax_scores(logits: Tensor, layout: GroupLayout, *, impl: str = "auto") -> Tensor:
@@ -143,7 +142,7 @@ def grouped_softmax_scores(logits: Tensor, layout: GroupLayout, *, impl: str = "
     """
     check_layout(layout)
     _check_logits(logits, layout)
-    ops = dispatch.choose(impl, logits.device)
+    ops = dispatch.choose_for_scores(impl, logits.device)
     scores: Tensor = ops.group_scores(logits, layout.tables(logits.device))
     return scores
 

@@ -236,22 +236,13 @@ class BAGSHead(nn.Module):
         self, logits: Tensor, labels: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
         """The loss of `logits` [R, L] for `labels` [R]: a scalar, the sum over groups."""
-        return self.group_losses(logits, labels, generator).sum()
+        return self._loss(logits, labels, generator, "sum")
 
     def group_losses(
         self, logits: Tensor, labels: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
         """The loss of each group, [G], in the order of `layout.group_names`."""
-        return grouped_softmax_loss(
-            logits,
-            labels,
-            self.layout,
-            others_ratio=self.others_ratio,
-            generator=generator,
-            reduction="groups",
-            ignore_index=self.ignore_index,
-            impl=self.impl,
-        )
+        return self._loss(logits, labels, generator, "groups")
 
     def losses(
         self, logits: Tensor, labels: Tensor, generator: torch.Generator | None = None
@@ -260,6 +251,20 @@ class BAGSHead(nn.Module):
         losses = self.group_losses(logits, labels, generator).unbind()
         names = self.layout.group_names
         return {LOSS_PREFIX + name: loss for name, loss in zip(names, losses, strict=True)}
+
+    def _loss(
+        self, logits: Tensor, labels: Tensor, generator: torch.Generator | None, reduction: str
+    ) -> Tensor:
+        return grouped_softmax_loss(
+            logits,
+            labels,
+            self.layout,
+            others_ratio=self.others_ratio,
+            generator=generator,
+            reduction=reduction,
+            ignore_index=self.ignore_index,
+            impl=self.impl,
+        )
 
     def scores(self, logits: Tensor) -> Tensor:
         """Scores [R, num_labels] of `logits` [R, L], columns in the label convention."""

@@ -399,16 +399,13 @@ class GroupLayout:
             front = [edge] if self.background == "first" else []
             back = [edge] if self.background == "last" else []
             return GroupTables(
-                num_groups=self.num_groups,
                 has_background=self.background is not None,
-                first_category_group=first,
                 foreground_start=self.foreground.start,
                 starts=self.group_starts,
                 sizes=self.group_sizes,
                 label_groups=torch.cat([*front, groups, *back]),
                 label_positions=torch.cat([*front, positions, *back]),
-                category_columns=columns,
-                category_groups=groups,
+                label_columns=torch.cat([*front, columns, *back]).int(),
             )
 
     def _check_groups(self) -> None:

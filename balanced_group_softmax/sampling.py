@@ -54,8 +54,8 @@ def sample_others(
     check_layout(layout)
     labels = check_labels(labels, layout, ignore_index)
     others_ratio = as_float(others_ratio, "others_ratio", lowest=0)
-    labels, _ = ignore_bad_labels(labels, layout, ignore_index)
-    return draw(labels, layout, others_ratio, generator, ignore_index, impl="auto")
+    active, _ = draw(labels, layout, others_ratio, generator, ignore_index, impl="auto")
+    return active
 
 
 def draw(
@@ -65,8 +65,8 @@ def draw(
     generator: torch.Generator | None,
     ignore_index: int,
     impl: str,
-) -> Tensor:
-    """`sample_others` for arguments that have been checked.
+) -> tuple[Tensor, Tensor | None]:
+    """`sample_others` for arguments that have been checked, and the normalizers where known.
 
     The keys are drawn whatever the labels are, so a step moves the random state by R and G alone.
     """
@@ -86,10 +86,10 @@ def draw(
         **source,
     )
     ops = dispatch.choose(impl, labels.device)
-    active: Tensor = ops.sample_others(
+    drawn: tuple[Tensor, Tensor | None] = ops.sample_others(
         labels, keys, tables, others_ratio=others_ratio, ignore_index=ignore_index
     )
-    return active
+    return drawn
 
 
 def check_layout(layout: Any) -> None:
@@ -113,11 +113,11 @@ def check_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tens
     if labels.ndim != 1:
         raise ValueError(f"Expected `labels` of shape [R], got {list(labels.shape)}")
     labels = labels.long()
-    if _values_are_checked(labels):
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         # The extremes alone tell that all is well, as it nearly always is.
         lowest, highest = labels.aminmax() if labels.numel() else (0, 0)
         if lowest < 0 or highest >= layout.num_labels:
-            bad = find_bad_labels(labels, layout, ignore_index)
+            bad = ((labels < 0) | (labels >= layout.num_labels)) & (labels != ignore_index)
             if bool(bad.any()):
                 row = int(bad.int().argmax())
                 raise ValueError(
@@ -125,27 +125,3 @@ def check_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tens
                     f"got {int(labels[row])} at row {row}"
                 )
     return labels
-
-
-def ignore_bad_labels(
-    labels: Tensor, layout: GroupLayout, ignore_index: int
-) -> tuple[Tensor, Tensor | None]:
-    """Make rows ignored whose labels are out of range, where `check_labels` could not look.
-
-    So nothing is read out of bounds. Also returns which labels they are, bool [R], or None where
-    all have been checked.
-    """
-    if _values_are_checked(labels):
-        return labels, None
-    bad = find_bad_labels(labels, layout, ignore_index)
-    return labels.masked_fill(bad, ignore_index), bad
-
-
-def _values_are_checked(labels: Tensor) -> bool:
-    return labels.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def find_bad_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tensor:
-    """Which labels are neither a label of the layout nor `ignore_index`: bool [R]."""
-    outside = (labels < 0) | (labels >= layout.num_labels)
-    return outside & (labels != ignore_index)

@@ -13,13 +13,45 @@ class GroupTables(NamedTuple):
     it is the background.
     """
 
-    num_groups: int  # G, group 0 included where there is one
     has_background: bool  # whether group 0 tells background from foreground
-    first_category_group: int  # index of the first group of categories: 1 with group 0, else 0
     foreground_start: int  # first score column that is a category
     starts: tuple[int, ...]  # [G] first logit column of each group
     sizes: tuple[int, ...]  # [G] columns of each group, `others` included
     label_groups: Tensor  # int64 [num_labels]: the group a label belongs to; 0 for background
     label_positions: Tensor  # int64 [num_labels]: the label's position in that group
-    category_columns: Tensor  # int64 [C]: logit column of each category
-    category_groups: Tensor  # int64 [C]: group of each category
+    label_columns: Tensor  # int32 [num_labels]: the label's logit column; 0 for background
+
+    @property
+    def num_groups(self) -> int:
+        """G, group 0 included where there is one."""
+        return len(self.starts)
+
+    @property
+    def first_category_group(self) -> int:
+        """Index of the first group of categories: 1 with group 0, else 0."""
+        return int(self.has_background)
+
+    @property
+    def num_labels(self) -> int:
+        """Labels, background included where there is one."""
+        return self.label_groups.shape[0]
+
+    @property
+    def num_categories(self) -> int:
+        """C."""
+        return self.num_labels - int(self.has_background)
+
+    @property
+    def categories(self) -> slice:
+        """Which labels are categories."""
+        return slice(self.foreground_start, self.foreground_start + self.num_categories)
+
+    @property
+    def category_columns(self) -> Tensor:
+        """Logit column of each category, int32 [C]."""
+        return self.label_columns[self.categories]
+
+    @property
+    def category_groups(self) -> Tensor:
+        """Group of each category, int64 [C]."""
+        return self.label_groups[self.categories]

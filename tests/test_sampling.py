@@ -2,6 +2,7 @@
 
 import math
 from itertools import combinations
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from balanced_group_softmax import (
     grouped_softmax_loss,
     sample_others,
 )
-from balanced_group_softmax.ops import reference, torch_ops
+from balanced_group_softmax.ops import cpu_ops, eager, reference, torch_ops
 
 BAD = (ValueError, TypeError)
 IMPLS = ("auto", "torch", "reference")
@@ -183,9 +184,9 @@ def test_rows_are_the_same_where_no_value_is_looked_at(
     """On a GPU and under `torch.compile` the same keys must choose the same rows."""
     labels = tensor(data.draw(labelled(recipe, ignore_index=ignore_index)))
     masks = []
-    for look in (True, False):
+    for operations in (cpu_ops, torch_ops):
         with monkeypatch.context() as patch:
-            patch.setattr(torch_ops, "_can_look_at_values", lambda _, look=look: look)
+            patch.setattr(eager, "cpu_ops", operations)
             masks.append(
                 sample_others(
                     labels,
@@ -214,27 +215,25 @@ def smallest_keys(
     return mask
 
 
-@pytest.mark.parametrize("path", ["reference", "cpu", "no-waiting"])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("operations", [reference, cpu_ops, torch_ops])
 @given(recipes(), ratios(), st.integers(0, 2**31), st.sampled_from([1, 3, 2**31 - 1]))
 def test_smallest_keys_count_and_lower_rows_among_equals(
-    monkeypatch: pytest.MonkeyPatch,
-    path: str,
+    operations: ModuleType,
     recipe: Recipe,
     ratio: float,
     seed: int,
     largest: int,
 ) -> None:
     """Enough rows, and keys equal enough, that a sort that is not stable would show."""
-    monkeypatch.setattr(torch_ops, "_can_look_at_values", lambda _: path == "cpu")
     layout, rows = make(recipe), 80
     tables = layout.tables(torch.device("cpu"))
     labels = torch.randint(0, 4 * layout.num_labels, (rows,), generator=seeded(seed))
     labels = labels.where(labels < layout.num_labels, IGNORE)
     size = (layout.num_groups - tables.first_category_group, rows)
     keys = torch.randint(0, largest, size, dtype=torch.int32, generator=seeded(seed))
-    operations = reference if path == "reference" else torch_ops
-    mask = operations.sample_others(labels, keys, tables, others_ratio=ratio, ignore_index=IGNORE)
+    mask, _ = operations.sample_others(
+        labels, keys, tables, others_ratio=ratio, ignore_index=IGNORE
+    )
     rule = smallest_keys(layout, recipe.oracle, labels.tolist(), keys, ratio)
     np.testing.assert_array_equal(mask.numpy(), rule)
 
@@ -243,7 +242,7 @@ def test_smallest_keys_count_and_lower_rows_among_equals(
 def test_float64_product_where_no_value_is_looked_at(
     monkeypatch: pytest.MonkeyPatch, n_inside: int, ratio: float, expected: int
 ) -> None:
-    monkeypatch.setattr(torch_ops, "_can_look_at_values", lambda _: False)
+    monkeypatch.setattr(eager, "cpu_ops", torch_ops)
     assert drawn(n_inside, 200, ratio) == expected
 
 

@@ -6,20 +6,21 @@ elements; the few large matrices are torch's.
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from balanced_group_softmax.ops import autograd, torch_ops
 from balanced_group_softmax.ops.reference import count_others
 from balanced_group_softmax.tables import GroupTables
 
 
 def sample_others(
     labels: Tensor, keys: Tensor, tables: GroupTables, *, others_ratio: float, ignore_index: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Which rows count in which group, as `reference.sample_others`; [R, G], stored by group."""
     groups, _ = _groups_and_positions(labels, tables, ignore_index)
     valid = groups >= 0
@@ -42,103 +43,28 @@ def sample_others(
                 others = others[ranked <= np.partition(ranked, kept - 1)[kept - 1]]
                 foreground[others] = True
             active[group] = foreground
-    return torch.from_numpy(active.T)
+    return torch.from_numpy(active.T), None
 
 
-def group_losses(
+def losses_and_gradient(
     logits: Tensor,
     labels: Tensor,
     row_weights: Tensor,
     tables: GroupTables,
     *,
     category_weights: Tensor | None,
+    normalizers: Tensor | None,
     ignore_index: int,
-) -> Tensor:
-    """Loss of each group, [G], as `reference.group_losses`."""
-    losses: Tensor = _LossOfActiveRows.apply(
-        logits, labels, row_weights, category_weights, tables, ignore_index
-    )
-    return losses
-
-
-class _LossOfActiveRows(torch.autograd.Function):
-    """Dense cross-entropy over the rows that count, group by group, gradient included."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        row_weights: Tensor,
-        category_weights: Tensor | None,
-        tables: GroupTables,
-        ignore_index: int,
-    ) -> Tensor:
-        ctx.save_for_backward(logits, labels, row_weights, category_weights)
-        ctx.settings = (tables, ignore_index)
-        # float16 cannot hold a small gradient that a loss scale has not multiplied yet.
-        ahead = ctx.needs_input_grad[0] and logits.dtype != torch.float16
-        losses, ctx.gradient = _losses_and_gradient(
-            logits,
-            labels,
-            row_weights,
-            category_weights,
-            *ctx.settings,
-            factors=[1.0] * tables.num_groups if ahead else None,
-        )
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # raises after a backward that did not retain the graph
-        tables = ctx.settings[0]
-        factors = grad_losses.tolist()
-        # Let go of it: autograd would copy a gradient that is held elsewhere too.
-        gradient, ctx.gradient = ctx.gradient, None
-        # None for float16, and in a second backward through a retained graph. An overflowing loss
-        # scale must not meet the zeros of rows that do not count.
-        if gradient is None or not all(map(math.isfinite, factors)):
-            with torch.no_grad():
-                _, gradient = _losses_and_gradient(*saved, *ctx.settings, factors=factors)
-        else:
-            for start, size, factor in zip(tables.starts, tables.sizes, factors, strict=True):
-                if factor != 1:
-                    gradient[:, start : start + size] *= factor
-        if torch.is_grad_enabled():  # create_graph=True
-            gradient = _NotTwiceDifferentiable.apply(gradient, saved[0], grad_losses)
-        return gradient, None, None, None, None, None
-
-
-class _NotTwiceDifferentiable(torch.autograd.Function):
-    """The identity, with an error for whoever differentiates it."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "The gradient of grouped_softmax_loss cannot be differentiated again on the CPU's "
-            "fast path; impl='reference' can"
-        )
-
-
-def _losses_and_gradient(
-    logits: Tensor,
-    labels: Tensor,
-    row_weights: Tensor,
-    category_weights: Tensor | None,
-    tables: GroupTables,
-    ignore_index: int,
-    *,
-    factors: list[float] | None,
+    reduction: str,
+    with_gradient: bool,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The losses and, if there is a factor for each group, the gradient of their weighted sum."""
+    """Dense cross-entropy over the rows that count, group by group; see `autograd.Kernels`."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     groups, positions = _groups_and_positions(labels, tables, ignore_index)
     weights = _row_weights(row_weights, category_weights, labels, groups, tables)
-    gradient = None if factors is None else _zeros(logits.shape, logits.dtype)
+    gradient = _zeros(logits.shape, logits.dtype) if with_gradient else None
+    factor_of_group = [1.0] * tables.num_groups if factors is None else factors.tolist()
     losses = []
     for group, (start, size) in enumerate(zip(tables.starts, tables.sizes, strict=True)):
         weights_of_group = weights[group]
@@ -163,10 +89,10 @@ def _losses_and_gradient(
         if weights_of_group.dtype != np.bool_:
             shares = weights_of_group[rows] / max(weights_of_group.sum(), 1)
         losses.append(-float((log_likelihood * shares).sum(dtype=np.float64)))
-        if gradient is not None and factors is not None:
+        if gradient is not None:
             grad_log_probabilities = torch.zeros_like(log_probabilities)
             grad_log_probabilities.numpy()[np.arange(num_rows), bin_labels] = (
-                -shares * factors[group]
+                -shares * factor_of_group[group]
             )
             # The derivative that autograd itself would call, at a third of the time of exp().
             row_gradient = torch._log_softmax_backward_data(
@@ -177,7 +103,29 @@ def _losses_and_gradient(
                 group_gradient.copy_(row_gradient)
             else:
                 group_gradient.index_copy_(0, row_index, row_gradient.to(gradient.dtype))
-    return torch.tensor(losses, dtype=dtype, device="cpu"), gradient
+    loss_of_group = torch.tensor(losses, dtype=dtype, device="cpu")
+    return loss_of_group.sum() if reduction == "sum" else loss_of_group, gradient
+
+
+def scale_gradient(
+    gradient: Tensor, factors: Tensor, row_weights: Tensor, tables: GroupTables
+) -> bool:
+    """Multiply by each group's factor in place; see `autograd.Kernels`."""
+    values = factors.tolist()
+    # An overflowing loss scale must not meet the zeros of rows that do not count.
+    if not all(map(math.isfinite, values)):
+        return False
+    for start, size, factor in zip(tables.starts, tables.sizes, values, strict=True):
+        if factor != 1:
+            gradient[:, start : start + size] *= factor
+    return True
+
+
+group_losses = functools.partial(
+    autograd.group_losses, autograd.Kernels(losses_and_gradient, scale_gradient)
+)
+
+group_scores = torch_ops.group_scores
 
 
 def _groups_and_positions(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from types import ModuleType
 
 import torch
 
-from balanced_group_softmax.ops import reference, torch_ops
+from balanced_group_softmax.ops import eager, library, reference, torch_ops
 
 IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 
@@ -25,14 +24,20 @@ def choose(impl: str, device: torch.device) -> ModuleType:
     check_impl(impl)
     if impl == "reference":
         return reference
+    if not torch.compiler.is_compiling():
+        return eager.choose(impl, device)
     if impl == "triton":
-        reasons = why_not_triton(device)
-        if reasons:
-            raise RuntimeError(
-                f"impl='triton' cannot serve: {'; '.join(reasons)}. "
-                f"impl='auto' takes the fastest that can"
-            )
+        eager.require_triton(device)
+    if device.type == "cpu" or (impl != "torch" and eager.triton_serves(device)):
+        return library
     return torch_ops
+
+
+def choose_for_scores(impl: str, device: torch.device) -> ModuleType:
+    """As `choose`: where a graph of plain PyTorch is as fast, or is to be exported, that."""
+    if torch.compiler.is_compiling() and (device.type == "cpu" or _is_exporting()):
+        return reference if impl == "reference" else torch_ops
+    return choose(impl, device)
 
 
 def check_impl(impl: str) -> None:
@@ -41,11 +46,6 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"Expected `impl` to be one of {IMPLEMENTATIONS}, got {impl!r}")
 
 
-def why_not_triton(device: torch.device) -> list[str]:
-    """Every reason why the Triton kernels cannot serve this device; empty if they can."""
-    reasons = ["this version of balanced-group-softmax has no Triton kernels yet"]
-    if importlib.util.find_spec("triton") is None:
-        reasons.append("triton is not installed")
-    if device.type != "cuda":
-        reasons.append(f"the tensors are on {device.type!r} and Triton needs a CUDA or ROCm device")
-    return reasons
+def _is_exporting() -> bool:
+    is_exporting = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7
+    return is_exporting is not None and bool(is_exporting())

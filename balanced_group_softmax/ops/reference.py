@@ -12,22 +12,26 @@ from balanced_group_softmax.tables import GroupTables
 
 def sample_others(
     labels: Tensor, keys: Tensor, tables: GroupTables, *, others_ratio: float, ignore_index: int
-) -> Tensor:
-    """Which rows count in which group: bool [R, G].
+) -> tuple[Tensor, Tensor | None]:
+    """Which rows count in which group, and how many.
 
     Args:
-        labels: int64 [R].
+        labels: int64 [R]; rows with a label that is none count nowhere.
         keys: int32 [groups of categories, R], random; the others with the smallest keys count,
             among equal keys those of the lower rows.
         tables: the layout.
         others_ratio: others that count for each foreground row of a group; may be infinite.
         ignore_index: the label of rows that take part in nothing.
+
+    Returns:
+        bool [R, G], and the rows that count in each group, at least 1, as float32 [G]; None for
+        those where the implementation has no use for them.
     """
     active = torch.zeros(labels.shape[0], tables.num_groups, dtype=torch.bool, device=labels.device)
-    valid = labels != ignore_index
+    groups = row_groups(labels, tables, ignore_index)
+    valid = groups >= 0
     if tables.has_background:
         active[:, 0] = valid
-    groups = row_groups(labels, tables, ignore_index)
     for keys_of_group, group in zip(
         keys, range(tables.first_category_group, tables.num_groups), strict=True
     ):
@@ -37,7 +41,7 @@ def sample_others(
         order = torch.argsort(keys_of_group[others], stable=True)
         active[foreground, group] = bool(foreground.any())
         active[others[order[:kept]], group] = True
-    return active
+    return active, active.sum(dim=0).clamp(min=1).float()
 
 
 def group_losses(
@@ -47,23 +51,27 @@ def group_losses(
     tables: GroupTables,
     *,
     category_weights: Tensor | None,
+    normalizers: Tensor | None,
     ignore_index: int,
+    reduction: str,
 ) -> Tensor:
-    """Loss of each group, [G], in at least float32.
+    """Loss of each group, [G], or their sum, in at least float32.
 
     Args:
         logits: [R, L].
-        labels: int64 [R].
+        labels: int64 [R]; one that is no label makes every group's loss NaN.
         row_weights: bool or float [R, G]; a row counts where it is positive.
         tables: the layout.
         category_weights: [C] or None; multiplies the foreground rows' weights of their group.
+        normalizers: float32 [G], the sums of the weights where they are known, at least 1.
         ignore_index: the label of rows that take part in nothing.
+        reduction: "groups" or "sum".
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     groups = row_groups(labels, tables, ignore_index)
     losses = []
     for group, (start, size) in enumerate(zip(tables.starts, tables.sizes, strict=True)):
-        rows = ((row_weights[:, group] > 0) & (labels != ignore_index)).nonzero().squeeze(1)
+        rows = ((row_weights[:, group] > 0) & (groups >= 0)).nonzero().squeeze(1)
         weights = row_weights[rows, group].to(dtype)
         if category_weights is not None and not is_group_zero(group, tables):
             own = category_weights_of(labels[rows], category_weights, tables).to(dtype)
@@ -73,7 +81,7 @@ def group_losses(
         group_logits = logits[rows, start : start + size].to(dtype)
         cross_entropy = F.cross_entropy(group_logits, targets, reduction="none")
         losses.append((cross_entropy * weights).sum() / weights.sum().clamp(min=1))
-    return torch.stack(losses)
+    return nan_for_no_label(torch.stack(losses), labels, tables, ignore_index, reduction)
 
 
 def group_scores(logits: Tensor, tables: GroupTables) -> Tensor:
@@ -93,14 +101,14 @@ def group_scores(logits: Tensor, tables: GroupTables) -> Tensor:
 
 
 def row_groups(labels: Tensor, tables: GroupTables, ignore_index: int) -> Tensor:
-    """Group of each row's label, int64 [R]; -1 for ignored rows, 0 for background."""
-    ignored = labels == ignore_index
+    """Group of each row's label, int64 [R]: 0 for background, -1 for rows that count nowhere."""
+    known = (labels >= 0) & (labels < tables.num_labels) & (labels != ignore_index)
     # Masked before the look-up: a negative index would wrap around.
-    return torch.where(ignored, -1, tables.label_groups[labels.masked_fill(ignored, 0)])
+    return torch.where(known, tables.label_groups[labels.masked_fill(~known, 0)], -1)
 
 
 def bin_labels(labels: Tensor, groups: Tensor, group: int, tables: GroupTables) -> Tensor:
-    """The label of each row in one group's softmax, int64 [R]; no row may be ignored."""
+    """The label of each row in one group's softmax, int64 [R]; each must be a label."""
     if is_group_zero(group, tables):
         return (groups != 0).long()
     return torch.where(groups == group, tables.label_positions[labels], 0)
@@ -110,6 +118,15 @@ def category_weights_of(labels: Tensor, category_weights: Tensor, tables: GroupT
     """Weight of each row's category, [R]; of any category where the label is not one."""
     last = category_weights.shape[0] - 1
     return category_weights[(labels - tables.foreground_start).clamp(0, last)]
+
+
+def nan_for_no_label(
+    losses: Tensor, labels: Tensor, tables: GroupTables, ignore_index: int, reduction: str
+) -> Tensor:
+    """The losses, or their sum; NaN if one of the labels is neither a label nor `ignore_index`."""
+    no_label = ((labels < 0) | (labels >= tables.num_labels)) & (labels != ignore_index)
+    losses = torch.where(no_label.any(), torch.nan, losses)
+    return losses.sum() if reduction == "sum" else losses
 
 
 def is_group_zero(group: int, tables: GroupTables) -> bool:

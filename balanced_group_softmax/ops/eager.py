@@ -1,0 +1,75 @@
+"""Which implementation serves a call that is not being traced."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+from balanced_group_softmax.ops import cpu_ops, reference, torch_ops
+
+FIRST_CAPABILITY = (7, 0)
+"""The oldest CUDA compute capability that Triton compiles for."""
+
+
+def choose(impl: str, device: torch.device) -> ModuleType:
+    """The module of operations for tensors on a device.
+
+    Each has `sample_others`, `group_losses` and `group_scores` as `reference` has them.
+
+    Raises:
+        RuntimeError: if `impl` was asked for and cannot serve, with every reason.
+    """
+    if impl == "reference":
+        return reference
+    if impl == "triton":
+        require_triton(device)
+        return _triton_ops()
+    if impl == "auto" and device.type == "cuda" and triton_serves(device):
+        return _triton_ops()
+    return cpu_ops if device.type == "cpu" else torch_ops
+
+
+def require_triton(device: torch.device) -> None:
+    """Raise RuntimeError, with every reason, if the Triton kernels cannot serve a device."""
+    reasons = why_not_triton(device)
+    if reasons:
+        raise RuntimeError(
+            f"impl='triton' cannot serve: {'; '.join(reasons)}. "
+            f"impl='auto' takes the fastest that can"
+        )
+
+
+@functools.lru_cache
+def triton_serves(device: torch.device) -> bool:
+    """Whether `impl="auto"` takes the Triton kernels for a device; decided once."""
+    return device.type == "cuda" and not _is_interpreting() and not why_not_triton(device)
+
+
+def why_not_triton(device: torch.device) -> list[str]:
+    """Every reason why the Triton kernels cannot serve a device; empty if they can."""
+    reasons = []
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed")
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and capability < FIRST_CAPABILITY:
+            needed, found = (".".join(map(str, pair)) for pair in (FIRST_CAPABILITY, capability))
+            reasons.append(f"the GPU has compute capability {found} and Triton needs {needed}")
+    elif device.type != "cpu" or not _is_interpreting():
+        reasons.append(f"the tensors are on {device.type!r} and Triton needs a CUDA or ROCm device")
+    return reasons
+
+
+def _is_interpreting() -> bool:
+    """Whether Triton runs kernels in Python, tensors on the CPU included; slow, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_ops() -> ModuleType:
+    # Not before it is needed: importing torch does not import Triton.
+    return importlib.import_module("balanced_group_softmax.ops.triton_ops")
