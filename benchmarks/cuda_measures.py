@@ -4,6 +4,7 @@ A step is a function of the round number, which picks the input buffers; it retu
 so that the caller decides how long that lives.
 """
 
+import contextlib
 import gc
 import json
 import math
@@ -71,8 +72,7 @@ def graph_time(step: Call, device: torch.device, *, buffers: int, rounds: int) -
     next turn: with one buffer everything stays in the same place and so in L2 (warm), with
     enough of them neither inputs nor outputs are there (cold).
 
-    A step that makes the host wait cannot be captured, and an attempt would leave the random state
-    of the device unusable: count its waits first.
+    A step that makes the host wait cannot be captured: count its waits first.
     """
     steps = buffers * math.ceil(STEPS_IN_A_GRAPH / buffers)
     aside = torch.cuda.Stream(device)
@@ -85,10 +85,16 @@ def graph_time(step: Call, device: torch.device, *, buffers: int, rounds: int) -
 
     graph = torch.cuda.CUDAGraph()
     made: list[object] = [None] * buffers
-    with torch.cuda.graph(graph):
-        for turn in range(steps):
-            made[turn % buffers] = None
-            made[turn % buffers] = step(turn % buffers)
+    stream = torch.cuda.current_stream(device)
+    try:
+        with torch.cuda.graph(graph):
+            for turn in range(steps):
+                made[turn % buffers] = None
+                made[turn % buffers] = step(turn % buffers)
+    except Exception:
+        torch.cuda.set_stream(stream)  # older versions of PyTorch leave the capture's own
+        _forget_failed_capture(device)
+        raise
     for _ in range(2):
         graph.replay()
     torch.cuda.synchronize(device)
@@ -105,6 +111,15 @@ def graph_time(step: Call, device: torch.device, *, buffers: int, rounds: int) -
     made.clear()
     graph.reset()
     return summarize(milliseconds)
+
+
+def _forget_failed_capture(device: torch.device) -> None:
+    """Let random numbers be drawn again: a failed capture leaves their state within it."""
+    with contextlib.suppress(Exception):
+        torch.cuda.synchronize(device)
+        ones = torch.ones(1, device=device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            ones.add_(1)
 
 
 def launches(step: Call, device: torch.device) -> tuple[int, float]:

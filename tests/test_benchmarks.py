@@ -1,32 +1,624 @@
-"""The benchmarks run, at sizes that measure nothing."""
+"""The benchmarks run, at sizes that measure nothing, and say truly what they found."""
 
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from balanced_group_softmax import grouped_softmax_loss, grouped_softmax_scores
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import bench_loss  # noqa: E402
+import cuda_measures  # noqa: E402
+import goals  # noqa: E402
+import peak_memory  # noqa: E402
+import peers  # noqa: E402
+import profiles  # noqa: E402
+import records  # noqa: E402
+import run_all  # noqa: E402
+import timing  # noqa: E402
+from page import Outcome, Part, make_page, measurements  # noqa: E402
+from records import Case, Result  # noqa: E402
+from timing import Timing  # noqa: E402
+
+CPU = torch.device("cpu")
+TINY = ["--rounds", "1", "--burst", "1"]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads() -> Iterator[None]:
+    """The programs set the number of threads of their process, which here is that of all tests."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(script: str, *options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, BENCHMARKS / script, *options]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+
+
+def fixed(milliseconds: float) -> Timing:
+    return Timing(milliseconds, milliseconds, milliseconds, milliseconds, 1)
+
+
+@pytest.fixture(scope="module")
+def small() -> profiles.Profile:
+    """Groups of 4, 2, 3 and 2 categories that are not in order of their counts."""
+    return profiles.make_profile("small", [5000, 3, 40, 900, 7, 2, 60, 150, 9, 800, 2000])
+
+
+# --- the programs --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("script", "options"),
     [
         ("bench_loss.py", ["--rows", "16", "--foreground", "0.25", "--rounds", "1"]),
+        (
+            "bench_loss.py",
+            ["--rows", "16", *TINY, "--memory", "kept", "--clock", "cpu", "--impl", "torch"],
+        ),
+        ("bench_scores.py", ["--rows", "8", *TINY, "--dtype", "float32", "float16", "--quick"]),
         ("bench_detections.py", ["--rows", "20", "--categories", "30", "--rounds", "1", "--quick"]),
     ],
-    ids=["loss", "detections"],
+    ids=["loss", "loss-other-options", "scores", "detections"],
 )
 def test_benchmark_runs(script: str, options: list[str], tmp_path: Path) -> None:
     record = tmp_path / "record.json"
-    done = subprocess.run(
-        [sys.executable, BENCHMARKS / script, *options, "--json", record],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run(script, *options, "--json", record)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "| rows |" in done.stdout or "| scores |" in done.stdout
     written = json.loads(record.read_text())
     assert written["results"]
-    assert {"commit", "torch"} <= written["environment"].keys()
+    assert {"commit", "torch", "triton", "liger-kernel"} <= written["environment"].keys()
+
+
+def test_loss_measures_every_alternative_pass_and_kind_of_labels(tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    options = ["--rows", "16", "--foreground", "0.25", "all", "--dtype", "float32", "bfloat16"]
+    passes = ["forward", "backward", "both"]
+    assert bench_loss.main([*options, *TINY, "--passes", *passes, "--json", str(record)]) == 0
+    written = json.loads(record.read_text())
+    results = records.read_results(written["results"])
+    assert [(r.case.dtype, r.case.labels) for r in results] == [
+        ("float32", "25%"),
+        ("float32", "all active"),
+        ("bfloat16", "25%"),
+        ("bfloat16", "all active"),
+    ]
+    assert [r.live == 1 for r in results] == [False, True, False, True]
+    for result in results:
+        assert list(result.times) == [f"{name}, wall" for name in passes]
+        for times in result.times.values():
+            assert list(times) == ["bags (auto)", "original", "loop", "dense", "copy"]
+            assert all(timing.median > 0 for timing in times.values())
+        assert result.problems == []
+    found = written["agreement"]["lvis_v0.5"]
+    assert {name: facts["agrees"] for name, facts in found.items()} == {
+        "bags (auto)": True,
+        "loop": True,
+    }
+    assert written["reproducible"] == {"lvis_v0.5": {"bags (auto)": True}}
+
+
+def test_what_cannot_run_is_skipped_with_the_reason(tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    arguments = ["--rows", "16", "--foreground", "0.25", *TINY, "--impl", "auto", "triton"]
+    assert bench_loss.main([*arguments, "--json", str(record)]) == 0
+    skipped = json.loads(record.read_text())["skipped"]
+    assert "GPU" in skipped["dense, Liger"]
+    assert "GPU" in skipped["dense, QuACK"]
+    assert "--compile" in skipped["loop, compiled"]
+    assert "cannot serve" in skipped["bags (triton)"]
+
+
+def test_the_compiled_loop_runs_at_the_rows_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Traced as it would be, without the code generation that takes most of the time.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    record = tmp_path / "record.json"
+    arguments = ["--rows", "16", "32", "--foreground", "0.25", *TINY, "--compile", "32"]
+    assert bench_loss.main([*arguments, "--json", str(record)]) == 0
+    written = json.loads(record.read_text())
+    timed = {
+        result.case.rows: "loop, compiled" in result.times["both, wall"]
+        for result in records.read_results(written["results"])
+    }
+    assert timed == {16: False, 32: True}
+    assert written["agreement"]["lvis_v0.5"]["loop, compiled"]["agrees"] is True
+
+
+def test_a_run_without_our_own_loss_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--rows", "16", "--foreground", "0.25", *TINY, "--impl", "triton"]
+    assert bench_loss.main(arguments) == 1
+    assert "FAULT: this library was not measured" in capsys.readouterr().out
+
+
+def test_sizes_that_there_is_no_time_for_are_skipped(tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    bench_loss.main(["--rows", "16", *TINY, "--minutes", "0", "--json", str(record)])
+    written = json.loads(record.read_text())
+    assert written["results"] == []
+    assert sum("minutes were over" in reason for reason in written["skipped"].values()) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    "script", ["bench_loss.py", "bench_scores.py", "bench_detections.py", "run_all.py"]
+)
+def test_a_gpu_that_is_not_there_is_said_so(script: str) -> None:
+    done = run(script, "--device", "cuda")
+    assert done.returncode == 2
+    assert "finds no GPU" in done.stderr.splitlines()[-1]
+
+
+# --- profiles ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "total", "logits"),
+    [
+        ("lvis_v0.5", (2, 295, 454, 303, 182), 693_958, 1236),
+        ("lvis_v1", (2, 201, 413, 335, 258), 1_270_141, 1209),
+        ("v3det", (2, 4001, 6401, 2601, 205), 1_750_000, 13210),
+    ],
+)
+def test_profiles_have_the_published_groups_and_totals(
+    name: str, sizes: tuple[int, ...], total: int, logits: int
+) -> None:
+    profile = profiles.named_profile(name)
+    assert profile.layout.group_sizes == sizes
+    assert profile.num_logits == logits
+    assert sum(profile.counts) == total
+    assert min(profile.counts) >= 1
+
+
+def test_real_counts_take_the_place_of_a_profile(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    counts = [{"id": 7, "instance_count": 20}, {"id": 3, "instance_count": 5000}]
+    file.write_text(json.dumps(counts))
+    profile = profiles.read_profile(file)
+    assert (profile.name, profile.counts) == ("mine", (5000, 20))
+    record = tmp_path / "record.json"
+    arguments = ["--rows", "8", "--foreground", "0.5", "--counts", str(file), *TINY]
+    assert bench_loss.main([*arguments, "--json", str(record)]) == 0
+    assert json.loads(record.read_text())["results"][0]["case"]["logits"] == 2 + 2 + 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.25, 1.0])
+def test_labels_have_exactly_the_share_of_foreground(share: float, small: profiles.Profile) -> None:
+    labels = profiles.draw_labels(200, share, small, seed=3)
+    assert int((labels > 0).sum()) == round(200 * share)
+    assert int(labels.max()) <= len(small.counts)
+
+
+def test_labels_follow_the_counts(small: profiles.Profile) -> None:
+    labels = profiles.draw_labels(20_000, 1.0, small, seed=0)
+    drawn = torch.bincount(labels, minlength=12)[1:] / 20_000
+    expected = torch.tensor(small.counts) / sum(small.counts)
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=0.02)
+
+
+def test_every_row_is_live_in_every_group_if_all_are_asked_for(small: profiles.Profile) -> None:
+    labels = profiles.draw_labels(64, 0.25, small, seed=0, every_group=True)
+    assert int((labels > 0).sum()) == 16
+    assert profiles.live_fraction(labels, small, math.inf) == 1
+    with pytest.raises(ValueError, match="got 2"):
+        profiles.draw_labels(8, 0.25, small, seed=0, every_group=True)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 2.0, math.inf])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_live_fraction_is_that_of_the_rows_that_the_library_draws(
+    share: float, ratio: float, small: profiles.Profile
+) -> None:
+    from balanced_group_softmax import sample_others
+
+    labels = profiles.draw_labels(50, share, small, seed=1)
+    active = sample_others(labels, small.layout, others_ratio=ratio)
+    sizes = torch.tensor(small.layout.group_sizes, dtype=torch.float64)
+    expected = float((active.double() @ sizes).sum()) / (50 * small.num_logits)
+    assert profiles.live_fraction(labels, small, ratio) == pytest.approx(expected)
+
+
+# --- peers ---------------------------------------------------------------------------------------
+
+
+def test_peers_agree_where_nothing_is_drawn(small: profiles.Profile) -> None:
+    found, _ = peers.loss_peers(small, math.inf, CPU, ["auto", "torch"], compiled=False)
+    names = [peer.name for peer in found]
+    assert names == ["bags (auto)", "bags (torch)", "original", "loop", "dense"]
+    agreement = bench_loss.check_agreement(found, small, CPU)
+    assert set(agreement) == {"bags (auto)", "bags (torch)", "loop"}
+    for facts in agreement.values():
+        assert facts["agrees"] is True, facts
+
+
+def test_a_peer_that_disagrees_is_noticed(small: profiles.Profile) -> None:
+    found, _ = peers.loss_peers(small, math.inf, CPU, ["auto"], compiled=False)
+    ours = partial(grouped_softmax_loss, layout=small.layout, others_ratio=math.inf)
+
+    def off(logits: Tensor, labels: Tensor) -> Tensor:
+        return ours(logits, labels) * 1.001
+
+    def nan(logits: Tensor, labels: Tensor) -> Tensor:
+        return ours(logits, labels) * math.nan
+
+    def fails(logits: Tensor, labels: Tensor) -> Tensor:
+        raise RuntimeError("no kernel image")
+
+    wrong = [peers.Peer(f.__name__, f, grouped=True) for f in (off, nan, fails)]
+    agreement = bench_loss.check_agreement([*found, *wrong], small, CPU)
+    assert agreement["bags (auto)"]["agrees"] is True
+    assert agreement["off"]["agrees"] is False
+    assert agreement["nan"]["agrees"] is False
+    assert agreement["fails"]["agrees"] is None
+    assert "no kernel image" in str(agreement["fails"]["reason"])
+
+
+def test_a_loss_that_varies_is_not_reproducible(small: profiles.Profile) -> None:
+    turns = iter(range(100))
+
+    def varies(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels) + next(turns)
+
+    found = [
+        peers.Peer("bags (good)", F.cross_entropy, grouped=True),
+        peers.Peer("bags (bad)", varies, grouped=True),
+        peers.Peer("original", varies, grouped=True),
+    ]
+    same = bench_loss.check_reproducible(found, small, CPU)
+    assert same == {"bags (good)": True, "bags (bad)": False}
+
+
+@pytest.mark.parametrize("ratio", [0.0, 2.0, 8.0])
+def test_both_loops_draw_the_method_s_number_of_others(
+    ratio: float, small: profiles.Profile
+) -> None:
+    """With equal logits the loss depends on how many rows count, not on which."""
+    labels = profiles.draw_labels(100, 0.3, small, seed=2)
+    logits = torch.zeros(100, small.num_logits)
+    # One column raised makes others and foreground differ in their loss.
+    for start in small.layout.group_starts:
+        logits[:, start] = 3.0
+    ours = grouped_softmax_loss(logits, labels, small.layout, others_ratio=ratio)
+    found, _ = peers.loss_peers(small, ratio, CPU, [], compiled=False)
+    for peer in found:
+        if peer.grouped:
+            torch.testing.assert_close(peer.loss(logits, labels), ours, rtol=1e-5, atol=1e-6)
+
+
+def test_the_merge_of_the_original_is_ours(small: profiles.Profile) -> None:
+    logits = 5 * torch.randn(7, small.num_logits)
+    merged = peers.merge_as_original(logits, **peers.score_arguments(small, CPU))
+    expected = grouped_softmax_scores(logits, small.layout)
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-6)
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def test_what_is_done_before_and_after_a_call_is_not_timed() -> None:
+    order: list[str] = []
+    timings = timing.interleave(
+        {"one": lambda turn: order.append("one"), "two": lambda turn: order.append("two")},
+        rounds=1,
+        warmup=0,
+        before={"one": lambda turn: order.append("before one")},
+        after=lambda turn: order.append("after"),
+    )
+    assert set(timings) == {"one", "two"}
+    first = order.index("one")
+    assert order[first - 1] == "before one"
+    assert order.count("before one") == 1
+    assert order[first + 1] == "after"
+
+
+@pytest.mark.skipif(not peak_memory.RESET.exists(), reason="needs Linux's /proc")
+def test_peak_memory_is_that_of_all_pages_taken() -> None:
+    ratios = peak_memory.in_fresh_process(["--rows", "2048"])
+    # Log-probabilities, their gradient, the gradient of the logits.
+    assert 2.5 < ratios["dense"] < 3.5
+    assert 0.5 < ratios["bags (auto)"] < ratios["dense"]
+
+
+def test_peak_memory_that_cannot_be_measured_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="foreground row"):
+        peak_memory.in_fresh_process(["--rows", "8", "--foreground", "0.1", "--all-active"])
+
+
+def test_one_failure_leaves_the_other_measurements(small: profiles.Profile) -> None:
+    def fails(logits: Tensor, labels: Tensor) -> Tensor:
+        raise RuntimeError("out of memory\nand more")
+
+    found = [
+        peers.Peer("bags (fails)", fails, grouped=True),
+        peers.Peer("dense", F.cross_entropy, grouped=False),
+    ]
+    options = bench_loss.parse_loss(TINY)
+    case = Case("small", small.num_logits, "float32", 16, 0.25)
+    result = bench_loss.measure(case, found, small, 8.0, options)
+    assert list(result.times["both, wall"]) == ["dense", "copy"]
+    assert result.problems == ["bags (fails): out of memory"]
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_measures_of_a_gpu() -> None:
+    device = torch.device("cuda")
+    values = [torch.randn(1 << 20, device=device) for _ in range(3)]
+
+    def double(turn: int) -> Tensor:
+        return values[turn % 3] * 2
+
+    def waits(turn: int) -> float:
+        return values[turn % 3].sum().item()
+
+    number, milliseconds = cuda_measures.launches(double, device)
+    assert number == 1
+    assert 0 < milliseconds < 1
+    assert cuda_measures.host_waits(double, device) == 0
+    assert cuda_measures.host_waits(waits, device) == 1
+    assert cuda_measures.peak_bytes(double, device) == 4 << 20
+    for buffers in (1, 3):
+        graphed = cuda_measures.graph_time(double, device, buffers=buffers, rounds=3)
+        assert 0 < graphed.median < 1
+    with pytest.raises(RuntimeError):
+        cuda_measures.graph_time(waits, device, buffers=1, rounds=1)
+    assert torch.rand(3, device=device).min() >= 0  # drawing still works
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_benchmarks_run_on_a_gpu(tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    arguments = ["--device", "cuda", "--rows", "64", "--foreground", "0.25", *TINY]
+    assert bench_loss.main([*arguments, "--json", str(record)]) == 0
+    result = records.read_results(json.loads(record.read_text())["results"])[0]
+    for kind in ("both, wall", "graph, cold", "graph, warm"):
+        assert {"bags (auto)", "loop", "dense", "copy"} <= set(result.times[kind])
+    assert result.counts["waits of the host"]["loop"] == 0
+    assert result.counts["waits of the host"]["original"] > 10
+
+
+# --- records and goals ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (0, "0"), (0.01234, "0.0123"), (1.234, "1.23"), (12.34, "12.3"), (1235, "1235")],
+)
+def test_numbers_have_three_digits(value: float | None, text: str) -> None:
+    assert records.number(value) == text
+
+
+def test_results_survive_json() -> None:
+    case = Case("lvis_v1", 1209, "float16", 300)
+    result = Result(case, None, {"scores, wall": {"copy": fixed(2)}}, {"launches": {"copy": 1}})
+    result.attempt("ours", lambda: 1 / 0)
+    written = json.dumps([result], default=records.asdict)
+    assert records.read_results(json.loads(written)) == [result]
+    assert result.problems == ["ours: division by zero"]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "new" / "file.json"
+    records.write_json(file, {"a": 1})
+    assert json.loads(file.read_text()) == {"a": 1}
+
+    def stopped(*paths: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(records.os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        records.write_json(file, {"a": 2})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert list(file.parent.iterdir()) == [file]
+
+
+def measured_loss(rows: int, original: float, dense: float, peak: float) -> Result:
+    times = {"bags (auto)": fixed(2.0), "original": fixed(original), "dense": fixed(dense)}
+    case = Case("lvis_v0.5", 1236, "float32", rows, 0.25)
+    return Result(case, 0.3, {goals.BOTH: times}, {goals.MEMORY: {"bags (auto)": peak}})
+
+
+def verdicts(measured: goals.Measurements, start: str) -> dict[str, str]:
+    found = goals.all_goals(measured)
+    return {goal.what: goal.verdict for goal in found if goal.what.startswith(start)}
+
+
+def test_goals_are_judged_by_the_worst_size() -> None:
+    good = measured_loss(8192, 30.0, 30.0, 1.1)
+    bad = measured_loss(1024, 5.0, 1.0, 5.0)
+    measured = goals.Measurements("cpu", loss=[good])
+    faster = "CPU, L = 1236, R >= 1024: original / loss + backward"
+    assert verdicts(measured, faster) == {faster: "met"}
+    assert verdicts(measured, "CPU, L = 1236, R = 8192: loss").popitem()[1] == "met"
+    assert verdicts(measured, "CPU, L = 1236, R = 8192: peak").popitem()[1] == "met"
+    measured.loss.append(bad)
+    assert verdicts(measured, faster) == {faster: "missed"}
+    assert verdicts(measured, "CPU, L = 1236, R = 1024: loss").popitem()[1] == "missed"
+    assert verdicts(measured, "CPU, L = 1236, R = 128").popitem()[1] == "not measured"
+    assert set(verdicts(measured, "GPU").values()) == {"not measured"}
+
+
+def test_goals_of_a_gpu() -> None:
+    def result(rows: int, all_active: bool, ours: float) -> Result:
+        case = Case("lvis_v0.5", 1236, "float32", rows, 0.10, all_active)
+        times = {"bags (auto)": ours, "copy": 1.0, "dense": 3.0, "dense, QuACK": 2.0}
+        cold = {name: fixed(value) for name, value in times.items()}
+        cold["loop, compiled"] = fixed(2.1 * ours)
+        busy = cold | {"dense, Liger": fixed(1.5)}
+        wall = {"original": fixed(200 * ours)}
+        counts = {goals.MEMORY: {"bags (auto)": 1.0}, goals.WAITS: {"bags (auto)": 0}}
+        times_of = {goals.COLD: cold, goals.BUSY: busy, goals.BOTH: wall}
+        return Result(case, 0.15, times_of, counts)
+
+    loss = [result(8192, True, 1.05), result(8192, False, 0.6), result(512, False, 0.008)]
+    same = {"lvis_v0.5": {"bags (auto)": True}}
+    measured = goals.Measurements("cuda", loss=loss, reproducible=same)
+    found = {goal.what: goal for goal in goals.all_goals(measured)}
+    missed = {what for what, goal in found.items() if goal.verdict == "missed"}
+    assert missed == set()
+    assert {w for w, g in found.items() if g.verdict == "not measured" and w[0] == "G"} == {
+        what for what in found if what.startswith("GPU, scores")
+    }
+    # The best dense one is Liger's: 1.5 / 0.6, as no graph can hold it.
+    dense = "GPU, 10 % foreground, R >= 8192: best dense cross-entropy / ours"
+    assert found[dense].found.startswith("2.50 ")
+    loss[1].counts[goals.WAITS]["bags (auto)"] = 1
+    same["lvis_v0.5"]["bags (auto)"] = False
+    found = {goal.what: goal for goal in goals.all_goals(measured)}
+    missed = {what for what, goal in found.items() if goal.verdict == "missed"}
+    assert missed == {
+        "GPU, loss: waits of the host",
+        "GPU, loss and gradient for the same seed",
+    }
+
+
+def test_a_value_that_rounds_to_the_limit_shows_why_it_missed() -> None:
+    measured = goals.Measurements("cpu", loss=[measured_loss(1024, 5.998, 9.0, 1.0)])
+    name = "CPU, L = 1236, R >= 1024: original / loss + backward"
+    goal = next(goal for goal in goals.all_goals(measured) if goal.what == name)
+    assert goal.verdict == "missed"
+    assert goal.found.startswith("2.999 ")
+
+
+# --- one command, one page -----------------------------------------------------------------------
+
+LOSS_PART = ["bench_loss.py", "--rows", "16", "32", "--foreground", "0.25", *TINY]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of small parts writes; one of the parts fails."""
+    folder = tmp_path_factory.mktemp("results")
+    detections = ["bench_detections.py", "--rows", "20", "--categories", "30", "--rounds", "1"]
+    parts = [
+        LOSS_PART,
+        [*LOSS_PART, "--passes", "forward"],
+        ["bench_scores.py", "--rows", "8", "16", *TINY],
+        [*detections, "--quick"],
+        ["bench_loss.py", "--rows", "many"],
+    ]
+    arguments = ["--device", "cpu", "--quick", "--output", str(folder)]
+    assert run_all.main(arguments, parts) == 1
+    return folder
+
+
+def test_the_page_says_everything(results: Path) -> None:
+    (page_file,) = results.glob("*.md")
+    page = page_file.read_text()
+    for heading in ("Goals", "Faults", "Agreement", "Loss and gradient", "Scores", "Detections"):
+        assert f"\n## {heading}\n" in page
+    assert "| GPU, all active, R >= 8192: loss + gradient / copy | <= 1.10 |" in page
+    assert "forward, wall, median milliseconds" in page
+    # The part that failed, with its own words; the others are there all the same.
+    assert "`python benchmarks/bench_loss.py --rows many`: bench_loss.py: error" in page
+    assert "dense, Liger: liger-kernel needs a GPU" in page
+    assert "most sizes and rounds: --quick" in page
+    names = {file.name for file in results.iterdir()}
+    stem = page_file.stem
+    assert names == {f"{stem}.md", f"{stem}.json", f"{stem}-loss.png", f"{stem}-scores.png"}
+    assert f"]({stem}-loss.png)" in page
+    assert (results / f"{stem}-loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_record_says_how_it_was_made(results: Path) -> None:
+    (file,) = results.glob("*.json")
+    record = json.loads(file.read_text())
+    assert record["machine"] == file.stem
+    assert {"commit", "torch", "numpy", "python", "processor"} <= record["environment"].keys()
+    assert len(record["parts"]) == 5
+    assert record["parts"][0]["command"].startswith("python benchmarks/bench_loss.py --rows 16 32")
+    assert {goal["verdict"] for goal in record["goals"]} <= {"met", "missed", "not measured"}
+
+
+def test_a_run_that_is_stopped_leaves_older_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = {}
+    for suffix in (".md", ".json", "-loss.png"):
+        file = tmp_path / f"{run_all.machine_name(CPU)}{suffix}"
+        file.write_text("older")
+        older[file] = "older"
+
+    def stopped(*arguments: object) -> Part:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_all, "run_part", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_all.main(["--device", "cpu", "--output", str(tmp_path)], [LOSS_PART])
+    assert {file: file.read_text() for file in tmp_path.iterdir()} == older
+
+
+def test_parts_of_the_same_size_are_put_together() -> None:
+    case: dict[str, Any] = {"layout": "lvis_v0.5", "logits": 1236, "dtype": "float32", "rows": 8}
+    case |= {"foreground": 0.1, "all_active": False}
+
+    def part(kind: str, milliseconds: float) -> Part:
+        times = {kind: {"copy": records.asdict(fixed(milliseconds))}}
+        entry = {"case": case, "live": 0.2, "times": times, "counts": {}, "problems": [kind]}
+        return Part("", {"benchmark": "loss", "results": [entry]})
+
+    parts = [part("both, wall", 1), part("forward, wall", 2), part("both, wall", 3)]
+    found = measurements(Outcome("m", "cpu", {}, "", parts))
+    assert len(found.loss) == 1
+    medians = {kind: times["copy"].median for kind, times in found.loss[0].times.items()}
+    assert medians == {"both, wall": 1, "forward, wall": 2}
+    page = make_page(Outcome("m", "cpu", {}, "", parts, tests="3 passed"), found, [])
+    assert page.index("## GPU tests\n\n3 passed") < page.index("## Goals")
+
+
+def test_every_part_of_every_run_can_be_parsed() -> None:
+    """A slip in the arguments of a part that needs a GPU shows here."""
+    for device in ("cpu", "cuda"):
+        for quick in (False, True):
+            for script, *arguments in run_all.parts_to_run(device, quick):
+                arguments = ["cpu" if a == "cuda" else a for a in arguments]
+                if script == "bench_loss.py":
+                    options = bench_loss.parse_loss(arguments)
+                    assert options.compile is None or set(options.compile) <= set(options.rows)
+                elif script == "bench_scores.py":
+                    import bench_scores
+
+                    bench_scores.parse(bench_scores.common_parser("", bench_scores.ROWS), arguments)
+                else:
+                    import bench_detections
+
+                    bench_detections.parse(arguments)
+
+
+def test_the_gpu_tests_are_run_and_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pytest_says(status: int, text: str) -> None:
+        done = subprocess.CompletedProcess([], status, text, "")
+        monkeypatch.setattr(run_all.subprocess, "run", lambda *args, **kwargs: done)
+
+    pytest_says(0, "...\nSKIPPED [1] tests/a.py: because\n3 passed, 1 skipped in 0.1s")
+    text = run_all.run_tests()
+    assert "gpu`: passed." in text
+    assert "because" in text
+    pytest_says(0, "sss\nSKIPPED [3] tests/a.py: needs a GPU\n3 skipped in 0.1s")
+    assert "gpu`: none ran." in run_all.run_tests()
+    pytest_says(5, "100 deselected in 0.1s")
+    assert "gpu`: none ran." in run_all.run_tests()
+    pytest_says(1, "F\nFAILED tests/a.py::b - no\n1 failed in 0.1s")
+    assert "gpu`: FAILED (exit status 1)." in run_all.run_tests()
