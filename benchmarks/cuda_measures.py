@@ -61,7 +61,7 @@ def measure_steps(
 def buffers_that_exceed_the_cache(buffer_bytes: int, device: torch.device) -> int:
     """How many buffers to take in turns so that none is still in L2 when its turn comes."""
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or DEFAULT_L2
-    return max(2, min(256, math.ceil(1.5 * cache / max(buffer_bytes, 1))))
+    return max(2, min(128, math.ceil(1.5 * cache / max(buffer_bytes, 1))))
 
 
 def graph_time(step: Call, device: torch.device, *, buffers: int, rounds: int) -> Timing:

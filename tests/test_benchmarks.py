@@ -19,7 +19,9 @@ from balanced_group_softmax import grouped_softmax_loss, grouped_softmax_scores
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import bench_detections  # noqa: E402
 import bench_loss  # noqa: E402
+import bench_scores  # noqa: E402
 import cuda_measures  # noqa: E402
 import goals  # noqa: E402
 import peak_memory  # noqa: E402
@@ -159,13 +161,14 @@ def test_sizes_that_there_is_no_time_for_are_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize(
-    "script", ["bench_loss.py", "bench_scores.py", "bench_detections.py", "run_all.py"]
-)
-def test_a_gpu_that_is_not_there_is_said_so(script: str) -> None:
-    done = run(script, "--device", "cuda")
-    assert done.returncode == 2
-    assert "finds no GPU" in done.stderr.splitlines()[-1]
+@pytest.mark.parametrize("program", [bench_loss, bench_scores, bench_detections, run_all])
+def test_a_gpu_that_is_not_there_is_said_so(
+    program: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        program.main(["--device", "cuda"])
+    assert stopped.value.code == 2
+    assert "finds no GPU" in capsys.readouterr().err.splitlines()[-1]
 
 
 # --- profiles ------------------------------------------------------------------------------------
@@ -358,6 +361,39 @@ def test_one_failure_leaves_the_other_measurements(small: profiles.Profile) -> N
     assert result.problems == ["bags (fails): out of memory"]
 
 
+def test_a_gpu_s_measurements_are_kept_and_its_failures_noted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sometimes_out_of_memory(step: timing.Call, *rest: object, **more: object) -> Timing:
+        if step(0) == "large":
+            raise RuntimeError("CUDA out of memory")
+        return fixed(3.0)
+
+    waits = {"small": 0, "large": 0, "waits": 2}
+    monkeypatch.setattr(cuda_measures, "host_waits", lambda step, device: waits[step(0)])
+    monkeypatch.setattr(cuda_measures, "peak_bytes", lambda step, device: 50)
+    monkeypatch.setattr(cuda_measures, "launches", lambda step, device: (7, 0.5))
+    monkeypatch.setattr(cuda_measures, "graph_time", sometimes_out_of_memory)
+    steps = {name: (lambda turn, name=name: name) for name in waits}
+    result = Result(Case("lvis_v1", 1209, "float32", 8, 0.1))
+    cuda_measures.measure_steps(result, steps, buffers=3, bytes_of_logits=100, rounds=1, device=CPU)
+    assert result.counts == {
+        "waits of the host": waits,
+        "peak memory / logits": dict.fromkeys(waits, 0.5),
+        "launches": dict.fromkeys(waits, 7),
+    }
+    assert {kind: list(times) for kind, times in result.times.items()} == {
+        "graph, cold": ["small"],
+        "graph, warm": ["small"],
+        cuda_measures.BUSY: ["small", "large", "waits"],
+    }
+    assert result.problems == [
+        "large, graph, cold: CUDA out of memory",
+        "large, graph, warm: CUDA out of memory",
+        "waits, graph: cannot be captured, as the host waits in it",
+    ]
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_measures_of_a_gpu() -> None:
@@ -514,7 +550,6 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     detections = ["bench_detections.py", "--rows", "20", "--categories", "30", "--rounds", "1"]
     parts = [
         LOSS_PART,
-        [*LOSS_PART, "--passes", "forward"],
         ["bench_scores.py", "--rows", "8", "16", *TINY],
         [*detections, "--quick"],
         ["bench_loss.py", "--rows", "many"],
@@ -530,7 +565,7 @@ def test_the_page_says_everything(results: Path) -> None:
     for heading in ("Goals", "Faults", "Agreement", "Loss and gradient", "Scores", "Detections"):
         assert f"\n## {heading}\n" in page
     assert "| GPU, all active, R >= 8192: loss + gradient / copy | <= 1.10 |" in page
-    assert "forward, wall, median milliseconds" in page
+    assert "both, wall, median milliseconds" in page
     # The part that failed, with its own words; the others are there all the same.
     assert "`python benchmarks/bench_loss.py --rows many`: bench_loss.py: error" in page
     assert "dense, Liger: liger-kernel needs a GPU" in page
@@ -547,7 +582,7 @@ def test_the_record_says_how_it_was_made(results: Path) -> None:
     record = json.loads(file.read_text())
     assert record["machine"] == file.stem
     assert {"commit", "torch", "numpy", "python", "processor"} <= record["environment"].keys()
-    assert len(record["parts"]) == 5
+    assert len(record["parts"]) == 4
     assert record["parts"][0]["command"].startswith("python benchmarks/bench_loss.py --rows 16 32")
     assert {goal["verdict"] for goal in record["goals"]} <= {"met", "missed", "not measured"}
 
@@ -598,12 +633,8 @@ def test_every_part_of_every_run_can_be_parsed() -> None:
                     options = bench_loss.parse_loss(arguments)
                     assert options.compile is None or set(options.compile) <= set(options.rows)
                 elif script == "bench_scores.py":
-                    import bench_scores
-
                     bench_scores.parse(bench_scores.common_parser("", bench_scores.ROWS), arguments)
                 else:
-                    import bench_detections
-
                     bench_detections.parse(arguments)
 
 
