@@ -17,6 +17,9 @@ from balanced_group_softmax.ops import autograd, torch_ops
 from balanced_group_softmax.ops.reference import count_others
 from balanced_group_softmax.tables import GroupTables
 
+SCORED_LOGITS = 1 << 17
+"""Logits whose scores are computed at a time."""
+
 
 def sample_others(
     labels: Tensor, keys: Tensor, tables: GroupTables, *, others_ratio: float, ignore_index: int
@@ -125,7 +128,32 @@ group_losses = functools.partial(
     autograd.group_losses, autograd.Kernels(losses_and_gradient, scale_gradient)
 )
 
-group_scores = torch_ops.group_scores
+
+def group_scores(logits: Tensor, tables: GroupTables) -> Tensor:
+    """Scores in the label convention, [R, num_labels], as `reference.group_scores`."""
+    if logits.requires_grad and torch.is_grad_enabled():
+        return torch_ops.group_scores(logits, tables)
+    num_rows, num_logits = logits.shape
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    scores = torch.empty((num_rows, tables.num_labels), dtype=dtype, device="cpu")
+    # A few rows at a time: what lies between logits and scores stays in the cache.
+    step = max(1, SCORED_LOGITS // num_logits)
+    by_group = torch.empty((min(step, num_rows), num_logits), dtype=dtype, device="cpu")
+    for rows, result in zip(logits.split(step), scores.split(step), strict=True):
+        parts = rows.to(dtype).split(list(tables.sizes), dim=1)
+        outputs = by_group[: len(rows)].split(list(tables.sizes), dim=1)
+        if tables.has_background:
+            torch.softmax(parts[0], dim=1, out=outputs[0])
+            foreground = outputs[0][:, 1:]
+            for part, output in zip(parts[1:], outputs[1:], strict=True):
+                torch.mul(torch.softmax(part, dim=1), foreground, out=output)
+            torch.index_select(by_group[: len(rows)], 1, tables.label_columns, out=result)
+        else:
+            for part, output in zip(parts, outputs, strict=True):
+                torch.sub(part, part[:, :1], out=output)
+            margins = by_group[: len(rows)].index_select(1, tables.label_columns)
+            torch.softmax(margins, dim=1, out=result)
+    return scores
 
 
 def _groups_and_positions(
