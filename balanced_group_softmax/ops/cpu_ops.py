@@ -17,8 +17,8 @@ from balanced_group_softmax.ops import autograd, torch_ops
 from balanced_group_softmax.ops.reference import count_others
 from balanced_group_softmax.tables import GroupTables
 
-SCORED_LOGITS = 1 << 17
-"""Logits whose scores are computed at a time."""
+LOGITS_AT_A_TIME = 1 << 17
+"""What lies between logits and result stays in the cache, and small, with this many at a time."""
 
 
 def sample_others(
@@ -70,42 +70,29 @@ def losses_and_gradient(
     factor_of_group = [1.0] * tables.num_groups if factors is None else factors.tolist()
     losses = []
     for group, (start, size) in enumerate(zip(tables.starts, tables.sizes, strict=True)):
-        weights_of_group = weights[group]
-        rows = weights_of_group.nonzero()[0]
-        num_rows = len(rows)
-        if num_rows == 0:
-            losses.append(0.0)
-            continue
+        rows = weights[group].nonzero()[0]
         if group < tables.first_category_group:
-            bin_labels = (groups > 0).astype(np.int64)
+            targets = (groups > 0).astype(np.int64)
         else:
-            bin_labels = positions * (groups == group)
-        group_logits = logits[:, start : start + size]
-        row_index = None
-        if num_rows < len(groups):
-            bin_labels, row_index = bin_labels[rows], torch.from_numpy(rows)
-            group_logits = group_logits.index_select(0, row_index)
-        targets = torch.from_numpy(bin_labels[:, None])
-        log_probabilities = torch.log_softmax(group_logits, dim=1, dtype=dtype)
-        log_likelihood = log_probabilities.gather(1, targets).numpy()[:, 0]
-        shares: float | np.ndarray = 1 / num_rows
-        if weights_of_group.dtype != np.bool_:
-            shares = weights_of_group[rows] / max(weights_of_group.sum(), 1)
-        losses.append(-float((log_likelihood * shares).sum(dtype=np.float64)))
-        if gradient is not None:
-            grad_log_probabilities = torch.zeros_like(log_probabilities)
-            grad_log_probabilities.numpy()[np.arange(num_rows), bin_labels] = (
-                -shares * factor_of_group[group]
-            )
-            # The derivative that autograd itself would call, at a third of the time of exp().
-            row_gradient = torch._log_softmax_backward_data(
-                grad_log_probabilities, log_probabilities, 1, dtype
-            )
-            group_gradient = gradient[:, start : start + size]
-            if row_index is None:
-                group_gradient.copy_(row_gradient)
-            else:
-                group_gradient.index_copy_(0, row_index, row_gradient.to(gradient.dtype))
+            targets = positions * (groups == group)
+        shares: float | np.ndarray = 1 / max(len(rows), 1)
+        if weights.dtype != np.bool_:
+            shares = weights[group] / max(weights[group].sum(), 1)
+        loss = 0.0
+        for part in _parts(rows, len(groups), size):
+            share = shares if isinstance(shares, float) else shares[part]
+            group_logits = _take(logits[:, start : start + size], part)
+            probabilities = torch.softmax(group_logits, dim=1, dtype=dtype)
+            cross_entropy = _cross_entropy(probabilities, group_logits, targets[part])
+            loss += float((cross_entropy * share).sum(dtype=np.float64))
+            if gradient is not None:
+                slope = probabilities.numpy()
+                slope[np.arange(len(slope)), targets[part]] -= 1
+                slope *= np.reshape(
+                    np.multiply(share, factor_of_group[group], dtype=slope.dtype), (-1, 1)
+                )
+                _put(gradient[:, start : start + size], part, probabilities)
+        losses.append(loss)
     loss_of_group = torch.tensor(losses, dtype=dtype, device="cpu")
     return loss_of_group.sum() if reduction == "sum" else loss_of_group, gradient
 
@@ -131,29 +118,54 @@ group_losses = functools.partial(
 
 def group_scores(logits: Tensor, tables: GroupTables) -> Tensor:
     """Scores in the label convention, [R, num_labels], as `reference.group_scores`."""
-    if logits.requires_grad and torch.is_grad_enabled():
+    step = max(1, LOGITS_AT_A_TIME // logits.shape[1])
+    if logits.shape[0] <= step:
         return torch_ops.group_scores(logits, tables)
-    num_rows, num_logits = logits.shape
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    scores = torch.empty((num_rows, tables.num_labels), dtype=dtype, device="cpu")
-    # A few rows at a time: what lies between logits and scores stays in the cache.
-    step = max(1, SCORED_LOGITS // num_logits)
-    by_group = torch.empty((min(step, num_rows), num_logits), dtype=dtype, device="cpu")
-    for rows, result in zip(logits.split(step), scores.split(step), strict=True):
-        parts = rows.to(dtype).split(list(tables.sizes), dim=1)
-        outputs = by_group[: len(rows)].split(list(tables.sizes), dim=1)
-        if tables.has_background:
-            torch.softmax(parts[0], dim=1, out=outputs[0])
-            foreground = outputs[0][:, 1:]
-            for part, output in zip(parts[1:], outputs[1:], strict=True):
-                torch.mul(torch.softmax(part, dim=1), foreground, out=output)
-            torch.index_select(by_group[: len(rows)], 1, tables.label_columns, out=result)
-        else:
-            for part, output in zip(parts, outputs, strict=True):
-                torch.sub(part, part[:, :1], out=output)
-            margins = by_group[: len(rows)].index_select(1, tables.label_columns)
-            torch.softmax(margins, dim=1, out=result)
-    return scores
+    return torch.cat([torch_ops.group_scores(rows, tables) for rows in logits.split(step)])
+
+
+Part = slice | np.ndarray
+"""Some rows: a range of them, or their indices."""
+
+
+def _parts(rows: np.ndarray, num_rows: int, size: int) -> list[Part]:
+    """The rows that count in a group of `size` columns, as many at a time as the cache holds."""
+    step = max(1, LOGITS_AT_A_TIME // size)
+    if len(rows) == num_rows:
+        return [slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
+    return [rows[first : first + step] for first in range(0, len(rows), step)]
+
+
+def _take(matrix: Tensor, part: Part) -> Tensor:
+    return (
+        matrix[part] if isinstance(part, slice) else matrix.index_select(0, torch.from_numpy(part))
+    )
+
+
+def _put(matrix: Tensor, part: Part, values: Tensor) -> None:
+    if isinstance(part, slice):
+        matrix[part] = values
+    else:
+        matrix.index_copy_(0, torch.from_numpy(part), values.to(matrix.dtype))
+
+
+def _cross_entropy(probabilities: Tensor, logits: Tensor, targets: np.ndarray) -> np.ndarray:
+    """Minus the logarithm of each row's probability of its target, [rows].
+
+    That loses nothing against a softmax of logarithms, and spares the gradient an exponential,
+    but where a probability is so small that it has lost digits, or is 0.
+    """
+    rows = np.arange(len(targets))
+    of_target = probabilities.numpy()[rows, targets]
+    small = of_target < 1e7 * torch.finfo(probabilities.dtype).tiny
+    if not small.any():
+        return -np.log(of_target)
+    few = torch.from_numpy(small.nonzero()[0])
+    with np.errstate(divide="ignore"):
+        cross_entropy = -np.log(of_target)
+    logarithms = torch.log_softmax(logits[few], dim=1, dtype=probabilities.dtype)
+    cross_entropy[small] = -logarithms.numpy()[np.arange(len(few)), targets[small]]
+    return cross_entropy
 
 
 def _groups_and_positions(

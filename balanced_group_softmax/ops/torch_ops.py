@@ -89,6 +89,6 @@ def group_scores(logits: Tensor, tables: GroupTables) -> Tensor:
         own = logits.index_select(1, tables.category_columns)
         return torch.softmax(own - others.index_select(1, tables.category_groups), dim=1)
     parts = [torch.softmax(part, dim=1) for part in logits.split(list(tables.sizes), dim=1)]
-    foreground = parts[0][:, 1:]
-    probabilities = torch.cat([parts[0], *(part * foreground for part in parts[1:])], dim=1)
-    return probabilities.index_select(1, tables.label_columns)
+    scores = torch.cat(parts, dim=1).index_select(1, tables.label_columns)
+    scores[:, tables.categories] *= parts[0][:, 1:]
+    return scores
