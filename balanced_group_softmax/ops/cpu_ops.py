@@ -79,7 +79,7 @@ def losses_and_gradient(
         if weights.dtype != np.bool_:
             shares = weights[group] / max(weights[group].sum(), 1)
         loss = 0.0
-        for part in _parts(rows, len(groups), size):
+        for part in _parts(rows, logits.shape, size):
             share = shares if isinstance(shares, float) else shares[part]
             group_logits = _take(logits[:, start : start + size], part)
             probabilities = torch.softmax(group_logits, dim=1, dtype=dtype)
@@ -128,9 +128,14 @@ Part = slice | np.ndarray
 """Some rows: a range of them, or their indices."""
 
 
-def _parts(rows: np.ndarray, num_rows: int, size: int) -> list[Part]:
-    """The rows that count in a group of `size` columns, as many at a time as the cache holds."""
-    step = max(1, LOGITS_AT_A_TIME // size)
+def _parts(rows: np.ndarray, shape: torch.Size, size: int) -> list[Part]:
+    """The rows that count in a group of `size` columns, as many at a time as the cache holds.
+
+    Of a small matrix no more than a fraction, lest the memory for them be more than another.
+    """
+    num_rows, num_logits = shape
+    logits_at_a_time = min(LOGITS_AT_A_TIME, max(1 << 16, num_rows * num_logits // 16))
+    step = max(1, logits_at_a_time // size)
     if len(rows) == num_rows:
         return [slice(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
     return [rows[first : first + step] for first in range(0, len(rows), step)]
