@@ -12,6 +12,11 @@ settings.register_profile(
 )
 settings.load_profile("default")
 
+# Without a GPU the Triton kernels are run by Triton's interpreter. Triton asks for it once, when it
+# is imported, which importing torch does not do.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(scope="session")
 def lvis_data() -> Path:

@@ -1185,8 +1185,9 @@ def test_bad_ignore_index(ignore_index: Any) -> None:
         run(logits_of(), ignore_index=ignore_index)
 
 
-def test_triton_on_cpu_says_why_not() -> None:
+def test_triton_on_cpu_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forced implementation that cannot serve raises, and names every reason."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # it would serve
     with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=r"triton") as caught:
         run(logits_of(), "triton")
     assert "cpu" in str(caught.value).lower()
