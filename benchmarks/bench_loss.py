@@ -67,7 +67,7 @@ def measure(
             # Compiled for this size alone; the second size would make the sizes variable.
             torch.compiler.reset()
         own = make_logits(case, buffers, device) if peer.overwrites else logits
-        trial = LossSteps(peer.loss, own, labels)
+        trial = LossSteps(peer.loss, own, labels, options.loss_scale)
         if result.attempt(peer.name, partial(trial.gradient, 0)) is not None:
             steps[peer.name] = trial
 
@@ -186,6 +186,9 @@ def parse_loss(arguments: list[str] | None) -> argparse.Namespace:
         "--passes", nargs="+", default=["both"], choices=["forward", "backward", "both"]
     )
     parser.add_argument(
+        "--loss-scale", type=float, default=1.0, help="multiply every loss by this, as AMP does"
+    )
+    parser.add_argument(
         "--compile", type=int, nargs="*", metavar="R", help="also time torch.compile (at these R)"
     )
     parser.add_argument(
@@ -222,7 +225,11 @@ def main(arguments: list[str] | None = None) -> int:
                 run.add(measure(case, peers[ratio], profile, ratio, options))
     if options.quick:
         run.skipped["other shares of foreground, most rounds"] = "--quick"
-    run.more = {"others_ratio": OTHERS_RATIO, "reproducible": reproducible}
+    run.more = {
+        "others_ratio": OTHERS_RATIO,
+        "loss_scale": options.loss_scale,
+        "reproducible": reproducible,
+    }
     return run.finish(relative_to="original")
 
 

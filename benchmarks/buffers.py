@@ -33,21 +33,26 @@ def make_logits(case: Case, number: int, device: torch.device) -> list[Tensor]:
 
 
 class LossSteps:
-    """One loss: forward, backward, both. The logits become leaves that want a gradient."""
+    """One loss: forward, backward, both. The logits become leaves that want a gradient.
+
+    With a scale the loss is multiplied by it, as in training in float16.
+    """
 
     def __init__(
         self,
         loss: Callable[[Tensor, Tensor], Tensor],
         logits: list[Tensor],
         labels: list[Tensor],
+        scale: float = 1.0,
     ) -> None:
-        self.loss, self.labels = loss, labels
+        self.loss, self.labels, self.scale = loss, labels, scale
         self.logits = [value.requires_grad_() for value in logits]
         self.pending: Tensor | None = None
 
     def forward(self, turn: int) -> Tensor:
         turn %= len(self.logits)
-        return self.loss(self.logits[turn], self.labels[turn])
+        loss = self.loss(self.logits[turn], self.labels[turn])
+        return loss if self.scale == 1 else loss * self.scale
 
     def prepare(self, turn: int) -> None:
         self.pending = self.forward(turn)
