@@ -1,0 +1,91 @@
+"""Fixtures of the tests of the kernels: watched memory, small blocks, a quicker interpreter."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+MARGIN = 64  # elements; enough to keep whatever alignment fresh memory has
+POISON = 255  # of each byte: a NaN of every floating-point type, and no bool
+
+
+class WatchedMemory:
+    """Fresh tensors full of NaN, with margins at both ends that nobody may write to."""
+
+    def __init__(self) -> None:
+        self.margins: list[Tensor] = []
+
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> Tensor:
+        size, margin = math.prod(shape) * dtype.itemsize, MARGIN * dtype.itemsize
+        memory = torch.full((size + 2 * margin,), POISON, dtype=torch.uint8, device=device)
+        self.margins += [memory[:margin], memory[-margin:]]
+        return memory[margin:-margin].view(dtype).view(shape)
+
+    def check(self) -> None:
+        for margin in self.margins:
+            assert (margin == POISON).all(), "something wrote beside a fresh tensor"
+
+
+@pytest.fixture
+def watched_memory() -> Iterator[WatchedMemory]:
+    """What a launcher allocates without filling it holds NaN, and is not written beside."""
+    memory = WatchedMemory()
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def watched(fresh: Tensor) -> Tensor:
+        return memory.allocate(fresh.shape, fresh.dtype, fresh.device) if fresh.numel() else fresh
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", lambda *args, **kwargs: watched(empty(*args, **kwargs)))
+        patch.setattr(
+            torch.Tensor,
+            "new_empty",
+            lambda self, *args, **kwargs: watched(new_empty(self, *args, **kwargs)),
+        )
+        assert torch.empty(3).isnan().all()
+        assert torch.zeros(()).new_empty(()).isnan()
+        yield memory
+    memory.check()
+
+
+@pytest.fixture
+def cut() -> Iterator[Callable[..., None]]:
+    """Sets the sizes by which the launchers cut rows and columns, as in `cut(TILE_SIZE=32)`."""
+    from kernel_cases import triton_ops
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def sizes(**values: int) -> None:
+            for name, value in values.items():
+                patch.setattr(triton_ops, name, value)
+            triton_ops._plan.cache_clear()
+
+        yield sizes
+    triton_ops._plan.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def quick_interpreter() -> Iterator[None]:
+    """Triton's interpreter prepares its language at every call of every function; once will do.
+
+    That takes it nearly half of its time. Where Triton has changed, it stays as slow as it is.
+    """
+    from triton import language
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    prepare = interpreter._patch_lang
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(interpreter, "_LangPatchScope"):
+
+            def prepare_once(function: Any) -> Any:
+                seen = [m for m in function.__globals__.values() if m is language or m is core]
+                if any(core.is_builtin(module.load) for module in seen):
+                    return prepare(function)
+                return interpreter._LangPatchScope()
+
+            patch.setattr(interpreter, "_patch_lang", prepare_once)
+        yield

@@ -1,0 +1,236 @@
+"""What the tests of the Triton kernels share: layouts, launches, and the oracle's verdict.
+
+The kernels run natively where there is a GPU, and in Triton's interpreter elsewhere.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate, count
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bags_oracle import IGNORE, OracleLayout, gradient, group_losses, normalizers
+from torch import Tensor
+
+from balanced_group_softmax import GroupLayout
+from balanced_group_softmax.ops import eager
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytest.importorskip("triton")
+for _reason in eager.why_not_triton(torch.device(DEVICE)):
+    pytest.skip(_reason, allow_module_level=True)
+triton_ops: ModuleType = pytest.importorskip("balanced_group_softmax.ops.triton_ops")
+
+MARKS = [
+    pytest.mark.usefixtures("watched_memory", "quick_interpreter"),
+    # The interpreter computes with NumPy, which speaks up at an infinity less an infinity.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
+]
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+"""Error of a loss, of max(|reference|, 1)."""
+ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""Half a unit: how far a correctly rounded value is from the true one, relatively."""
+
+
+# Layouts ------------------------------------------------------------------------------------
+
+
+def layout_of(*group_sizes: int, background: Any = "first") -> GroupLayout:
+    """Groups of so many categories, which are dealt to them out of order."""
+    deal = np.random.default_rng(0).permutation(sum(group_sizes)).tolist()
+    ends = list(accumulate(group_sizes))
+    groups = [tuple(sorted(deal[e - s : e])) for s, e in zip(group_sizes, ends, strict=True)]
+    names = tuple(f"group_{index}" for index in range(len(groups)))
+    return GroupLayout(tuple(groups), names, background)
+
+
+LAYOUTS = {
+    # The least there is: two columns in each group, and of groups one or two.
+    "one-category": layout_of(1),
+    "one-softmax": layout_of(1, background=None),
+    # 11 columns: no row but the first is aligned, so nothing is loaded as a vector.
+    "odd": layout_of(3, 1, 2),
+    # 12 columns: float32 rows load as vectors of 4, in which groups start at 2, 1 and 2.
+    "twelve": layout_of(2, 4, 1),
+    # 16 columns: 16-bit rows load as vectors of 8, in which groups start at 2, 7 and 2.
+    "sixteen": layout_of(4, 2, 5),
+    # Groups without categories, as the original's files have them: one column, always `others`.
+    "one-column": layout_of(3, 0, 3, 0),
+    # Background is the last label and not the first: a shift in the look-up of categories.
+    "last": layout_of(2, 4, 1, background="last"),
+    # No group 0, so the first group draws too.
+    "none": layout_of(3, 4, 2, background=None),
+    # Many times more groups than are usual; each is a branch of the kernel.
+    "forty-groups": layout_of(*[1, 2, 0, 3] * 10),
+}
+
+
+def layout_around_block(block: int, offset: int, vector: int) -> GroupLayout:
+    """Groups that fill a block but for a column, to the column, by one too much and over twice.
+
+    Each starts `offset` columns into a vector, which take a part of the block.
+    """
+    sizes: list[int] = []
+    for wanted in (block - 1, block, block + 1, 2 * block + 3):
+        gap = next(g for g in count(2) if (sum(sizes) + g) % vector == offset)
+        sizes += [gap, wanted - offset]
+    sizes.append(next(g for g in count(2) if (sum(sizes) + g) % vector == 0))
+    return layout_of(*(size - 1 for size in sizes), background=None)
+
+
+def oracle_of(layout: GroupLayout) -> OracleLayout:
+    return OracleLayout(layout.groups, layout.names, layout.num_categories, layout.background)
+
+
+# Inputs -------------------------------------------------------------------------------------
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def labels_for(layout: GroupLayout, rows: int, seed: int = 0) -> Tensor:
+    """Labels of every kind: categories, as often background, and rows that are ignored."""
+    labels = torch.randint(0, layout.num_labels, (rows,), generator=seeded(seed))
+    kind = torch.rand(rows, generator=seeded(seed + 1))
+    if layout.background_label is not None:
+        labels[kind < 0.4] = layout.background_label
+    labels[kind > 0.9] = IGNORE
+    return labels.to(DEVICE)
+
+
+def logits_for(
+    layout: GroupLayout, rows: int, seed: int = 2, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    normal = torch.randn(rows, layout.num_logits, generator=seeded(seed), dtype=torch.float64)
+    return (normal * 2).to(DEVICE, dtype)
+
+
+def keys_for(layout: GroupLayout, rows: int, seed: int = 3, bound: int = 2**31 - 1) -> Tensor:
+    size = (len(layout.groups), rows)
+    return torch.randint(0, bound, size, dtype=torch.int32, generator=seeded(seed)).to(DEVICE)
+
+
+def with_dead_slices(logits: Tensor, layout: GroupLayout, weights: np.ndarray) -> Tensor:
+    """The logits, NaN wherever a row does not count in a group."""
+    result = logits.detach().clone()
+    for group in range(layout.num_groups):
+        dead = torch.from_numpy(~(weights[:, group] > 0)).to(result.device)
+        result[dead, oracle_of(layout).columns(group)] = math.nan
+    return result
+
+
+# Launches -----------------------------------------------------------------------------------
+
+
+def draw(
+    labels: Tensor,
+    layout: GroupLayout,
+    ratio: float = 1.0,
+    keys: Tensor | None = None,
+    ignore_index: int = IGNORE,
+) -> tuple[Tensor, Tensor]:
+    """Which rows count, and how many, after a look at whether all of both was written."""
+    keys = keys_for(layout, labels.shape[0]) if keys is None else keys
+    active, counts = triton_ops.sample_others(
+        labels, keys, layout.tables(DEVICE), others_ratio=ratio, ignore_index=ignore_index
+    )
+    assert active.dtype == torch.bool
+    assert active.shape == (labels.shape[0], layout.num_groups)
+    assert (active.T.contiguous().view(torch.uint8) <= 1).all(), "not all of it was written"
+    assert counts.dtype == torch.float32
+    assert counts.shape == (layout.num_groups,)
+    return active, counts
+
+
+def loss_of(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    layout: GroupLayout,
+    *,
+    operations: ModuleType = triton_ops,
+    **options: Any,
+) -> Tensor:
+    """The loss of each group, as the operation is called once arguments have been checked."""
+    settings: dict[str, Any] = {
+        "category_weights": None,
+        "normalizers": None,
+        "ignore_index": IGNORE,
+        "reduction": "groups",
+        "tables": layout.tables(DEVICE),
+    }
+    losses: Tensor = operations.group_losses(logits, labels, weights, **{**settings, **options})
+    return losses
+
+
+# The verdict --------------------------------------------------------------------------------
+
+
+def exactly(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().double().numpy()
+
+
+def assert_close(ours: Tensor, reference: np.ndarray, tolerance: float | None = None) -> None:
+    """Within `tolerance` of max(|reference|, 1)."""
+    tolerance = TOLERANCE[ours.dtype] if tolerance is None else tolerance
+    assert tuple(ours.shape) == reference.shape
+    assert ours.isfinite().all()
+    error = np.abs(exactly(ours) - reference) / np.maximum(np.abs(reference), 1)
+    assert error.size == 0 or error.max() <= tolerance, f"off by {error.max():.2e}"
+
+
+def assert_gradient_close(
+    slope: Tensor,
+    reference: np.ndarray,
+    layout: GroupLayout,
+    shares: np.ndarray,
+    tolerance: float | None = None,
+) -> None:
+    """Within `tolerance` of what the row's probabilities are multiplied with, [R, G].
+
+    Which is below 1, so this is stricter than `assert_close`; and where a row does not count its
+    gradient must be 0.
+    """
+    tolerance = TOLERANCE[slope.dtype] if tolerance is None else tolerance
+    assert tuple(slope.shape) == reference.shape
+    assert slope.isfinite().all()
+    unit = np.repeat(np.abs(shares), layout.group_sizes, axis=1)
+    error = np.abs(exactly(slope) - reference)
+    assert not error[unit == 0].any(), "a row that does not count has a gradient"
+    relative = error[unit > 0] / unit[unit > 0]
+    assert relative.size == 0 or relative.max() <= tolerance, f"off by {relative.max():.2e}"
+
+
+def check_loss(
+    logits: Tensor,
+    labels: Tensor,
+    given: Tensor,
+    layout: GroupLayout,
+    weights: np.ndarray,
+    *,
+    upstream: Sequence[float] | None = None,
+    **options: Any,
+) -> None:
+    """Losses and gradient against the oracle, the latter for random factors of the groups.
+
+    `given` are the weights as the operation takes them, `weights` those of the method.
+    """
+    expected, exact, rows = oracle_of(layout), exactly(logits), labels.tolist()
+    if upstream is None:
+        upstream = torch.randn(layout.num_groups, generator=seeded(9)).tolist()
+    factors = torch.tensor(upstream, dtype=torch.float64)
+    logits = with_dead_slices(logits, layout, weights).requires_grad_()
+    losses = loss_of(logits, labels, given, layout, **options)
+    assert losses.dtype == torch.promote_types(logits.dtype, torch.float32)
+    assert_close(losses, group_losses(expected, exact, rows, weights))
+    (slope,) = torch.autograd.grad(losses, logits, factors.to(losses))
+    assert slope.dtype == logits.dtype
+    factors = factors.to(losses.dtype).double()
+    reference = gradient(expected, exact, rows, weights, factors.numpy())
+    shares = weights / normalizers(weights) * factors.numpy()
+    assert_gradient_close(slope, reference, layout, shares)
