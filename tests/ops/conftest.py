@@ -67,6 +67,12 @@ def cut() -> Iterator[Callable[..., None]]:
     triton_ops._plan.cache_clear()
 
 
+@pytest.fixture
+def few_programs(cut: Callable[..., None]) -> None:
+    """Several rows to a tile and several tiles to a program, as with many thousand rows."""
+    cut(MOST_PROGRAMS=2, TILE_SIZE=64)
+
+
 @pytest.fixture(scope="session")
 def quick_interpreter() -> Iterator[None]:
     """Triton's interpreter prepares its language at every call of every function; once will do.

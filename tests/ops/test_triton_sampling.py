@@ -10,6 +10,7 @@ import torch
 from bags_oracle import IGNORE, number_of_others, rows_in_group
 from kernel_cases import (
     DEVICE,
+    FORTY_GROUPS,
     LAYOUTS,
     MARKS,
     draw,
@@ -65,6 +66,10 @@ def check(
 def test_rows_are_those_of_the_rule(layout: GroupLayout, rows: int, cut: Cut) -> None:
     cut(KEYS_PER_WARP=BLOCK, WIDEST_BLOCK=BLOCK)
     check(layout, labels_for(layout, rows), keys_for(layout, rows), ratio=1.5)
+
+
+def test_forty_groups() -> None:
+    check(FORTY_GROUPS, labels_for(FORTY_GROUPS, 11), keys_for(FORTY_GROUPS, 11), ratio=2.0)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0, 3.0, 1e300, math.inf])
