@@ -75,6 +75,7 @@ def losses_and_gradient(
     with_losses: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The losses, and the gradient of their sum; see `autograd.Kernels`."""
+    logits = _with_near_columns(logits)
     num_rows, num_logits = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
     shape = () if reduction == "sum" else (tables.num_groups,)
@@ -187,6 +188,7 @@ def group_scores(logits: Tensor, tables: GroupTables) -> Tensor:
     """
     if logits.requires_grad and torch.is_grad_enabled():
         return torch_ops.group_scores(logits, tables)
+    logits = _with_near_columns(logits)
     num_rows = logits.shape[0]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     scores = logits.new_empty((num_rows, tables.num_labels), dtype=dtype)
@@ -289,6 +291,16 @@ def _bounds(tables: GroupTables) -> int:
 def _pack(values: Any) -> int:
     """Small integers in one large one; see `triton_kernels`."""
     return sum(value << (PACKED_BITS * index) for index, value in enumerate(values))
+
+
+def _with_near_columns(logits: Tensor) -> Tensor:
+    """The logits; a copy where 32 bits do not hold the way from a row's first to its last one.
+
+    As in a transposed matrix of many rows. The kernels count rows with 64 bits, and columns not.
+    """
+    if (logits.shape[1] - 1) * logits.stride(1) < 2**31:
+        return logits
+    return logits.contiguous()
 
 
 def _vector(logits: Tensor) -> int:

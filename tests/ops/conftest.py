@@ -17,9 +17,11 @@ class WatchedMemory:
 
     def __init__(self) -> None:
         self.margins: list[Tensor] = []
+        self.sizes: list[int] = []  # elements
 
     def allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> Tensor:
-        size, margin = math.prod(shape) * dtype.itemsize, MARGIN * dtype.itemsize
+        self.sizes.append(math.prod(shape))
+        size, margin = self.sizes[-1] * dtype.itemsize, MARGIN * dtype.itemsize
         memory = torch.full((size + 2 * margin,), POISON, dtype=torch.uint8, device=device)
         self.margins += [memory[:margin], memory[-margin:]]
         return memory[margin:-margin].view(dtype).view(shape)
@@ -36,7 +38,9 @@ def watched_memory() -> Iterator[WatchedMemory]:
     empty, new_empty = torch.empty, torch.Tensor.new_empty
 
     def watched(fresh: Tensor) -> Tensor:
-        return memory.allocate(fresh.shape, fresh.dtype, fresh.device) if fresh.numel() else fresh
+        if fresh.is_meta or fresh.numel() == 0:
+            return fresh
+        return memory.allocate(fresh.shape, fresh.dtype, fresh.device)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", lambda *args, **kwargs: watched(empty(*args, **kwargs)))

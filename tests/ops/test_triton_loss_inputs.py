@@ -27,6 +27,7 @@ from kernel_cases import (
     logits_for,
     loss_of,
     oracle_of,
+    triton_ops,
     weights_that_count,
     with_dead_slices,
 )
@@ -283,3 +284,12 @@ def test_expanded_logits(expanded: str) -> None:
         layout,
         weights / normalizers(weights),
     )
+
+
+@pytest.mark.parametrize(
+    ("stride", "is_copied"), [(2**29, False), (2**30 - 1, False), (2**30, True)]
+)
+def test_columns_too_far_apart_for_32_bits_are_copied(stride: int, is_copied: bool) -> None:
+    """As those of a transposed matrix of many rows; on the meta device it takes no memory."""
+    logits = torch.empty_strided((5, 3), (1, stride), device="meta")
+    assert (triton_ops._with_near_columns(logits).stride(1) == 1) == is_copied
