@@ -83,17 +83,20 @@ ROWS = 23
 """Where the rows do not matter: a prime, so that tiles and programs are left with a part."""
 
 
-def layout_around_block(block: int, offset: int, vector: int) -> GroupLayout:
+def layout_around_block(
+    block: int, offset: int, vector: int, background: Any = None
+) -> GroupLayout:
     """Groups that fill a block but for a column, to the column, by one too much and over twice.
 
     Each starts `offset` columns into a vector, which take a part of the block.
     """
-    sizes: list[int] = []
+    sizes: list[int] = [2] if background else []
     for wanted in (block - 1, block, block + 1, 2 * block + 3):
         gap = next(g for g in count(2) if (sum(sizes) + g) % vector == offset)
         sizes += [gap, wanted - offset]
     sizes.append(next(g for g in count(2) if (sum(sizes) + g) % vector == 0))
-    return layout_of(*(size - 1 for size in sizes), background=None)
+    del sizes[: background is not None]
+    return layout_of(*(size - 1 for size in sizes), background=background)
 
 
 def oracle_of(layout: GroupLayout) -> OracleLayout:
@@ -145,6 +148,35 @@ def with_dead_slices(logits: Tensor, layout: GroupLayout, weights: np.ndarray) -
         dead = torch.from_numpy(~(weights[:, group] > 0)).to(result.device)
         result[dead, oracle_of(layout).columns(group)] = math.nan
     return result
+
+
+# Memory ------------------------------------------------------------------------------------
+
+
+def within(values: Tensor, rows: int, columns: int, left: int, step: int = 1) -> Tensor:
+    """The values in a larger matrix of NaN, from the column `left` on."""
+    wide = values.new_full((rows, columns), math.nan)
+    region = wide[:: rows // len(values), left::step][:, : values.shape[1]]
+    region.copy_(values)
+    return region
+
+
+def shifted(values: Tensor) -> Tensor:
+    buffer = values.new_full((values.numel() + 1,), math.nan)
+    buffer[1:] = values.flatten()
+    return buffer[1:].view(values.shape)
+
+
+MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda values: values.T.contiguous().T,
+    # Slices of columns: in rows of 14 nothing is aligned, in rows of 32 all of it.
+    "columns-of-14": lambda values: within(values, len(values), 14, 1),
+    "columns-of-32": lambda values: within(values, len(values), 32, 16),
+    "columns-of-32-misaligned": lambda values: within(values, len(values), 32, 3),
+    "every-other-row": lambda values: within(values, 2 * len(values), 12, 0),
+    "every-third-column": lambda values: within(values, len(values), 40, 2, 3),
+    "shifted-by-one": shifted,
+}
 
 
 # Launches -----------------------------------------------------------------------------------

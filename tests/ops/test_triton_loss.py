@@ -102,6 +102,8 @@ def test_groups_about_as_wide_as_a_block(
 ) -> None:
     cut(WIDEST_BLOCK=16, MOST_PROGRAMS=1, TILE_SIZE=256)
     layout = layout_around_block(16, offset, vector)
+    assert layout.num_logits % vector == 0
+    assert layout.group_starts[1] % vector == offset
     labels = labels_for(layout, 13)
     active, counts = draw(labels, layout, ratio=0.5)
     weights = weights_that_count(layout, labels, active)

@@ -14,6 +14,7 @@ from kernel_cases import (
     LAYOUT,
     LAYOUTS,
     MARKS,
+    MEMORY,
     ROUNDING,
     ROWS,
     assert_close,
@@ -218,32 +219,6 @@ def test_values_that_are_not_finite_propagate(
 
 
 # Memory layouts -----------------------------------------------------------------------------
-
-
-def within(values: Tensor, rows: int, columns: int, left: int, step: int = 1) -> Tensor:
-    """The values in a larger matrix of NaN, from the column `left` on."""
-    wide = values.new_full((rows, columns), math.nan)
-    region = wide[:: rows // len(values), left::step][:, : values.shape[1]]
-    region.copy_(values)
-    return region
-
-
-def shifted(values: Tensor) -> Tensor:
-    buffer = values.new_full((values.numel() + 1,), math.nan)
-    buffer[1:] = values.flatten()
-    return buffer[1:].view(values.shape)
-
-
-MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
-    "transposed": lambda values: values.T.contiguous().T,
-    # Slices of columns: in rows of 14 nothing is aligned, in rows of 32 all of it.
-    "columns-of-14": lambda values: within(values, len(values), 14, 1),
-    "columns-of-32": lambda values: within(values, len(values), 32, 16),
-    "columns-of-32-misaligned": lambda values: within(values, len(values), 32, 3),
-    "every-other-row": lambda values: within(values, 2 * len(values), 12, 0),
-    "every-third-column": lambda values: within(values, len(values), 40, 2, 3),
-    "shifted-by-one": shifted,
-}
 
 
 @few_programs_too
