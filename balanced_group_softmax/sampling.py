@@ -115,8 +115,8 @@ def check_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tens
     labels = labels.long()
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         # The extremes alone tell that all is well, as it nearly always is.
-        lowest, highest = labels.aminmax() if labels.numel() else (0, 0)
-        if lowest < 0 or highest >= layout.num_labels:
+        values = labels.numpy()
+        if values.size and (values.min() < 0 or values.max() >= layout.num_labels):
             bad = ((labels < 0) | (labels >= layout.num_labels)) & (labels != ignore_index)
             if bool(bad.any()):
                 row = int(bad.int().argmax())
