@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from balanced_group_softmax.ops import eager
+
 MARGIN = 64  # elements; enough to keep whatever alignment fresh memory has
 POISON = 255  # of each byte: a NaN of every floating-point type, and no bool
 
@@ -99,3 +101,13 @@ def quick_interpreter() -> Iterator[None]:
 
             patch.setattr(interpreter, "_patch_lang", prepare_once)
         yield
+
+
+@pytest.fixture
+def triton_instead(monkeypatch: pytest.MonkeyPatch, quick_interpreter: None) -> None:
+    """The operators launch the Triton kernels on the CPU too, in the interpreter."""
+    for reason in eager.why_not_triton(torch.device("cpu")):
+        pytest.skip(reason)
+    from kernel_cases import triton_ops
+
+    monkeypatch.setattr(eager, "cpu_ops", triton_ops)

@@ -1,0 +1,264 @@
+"""Graphs that are compiled or exported: one piece, and the values of eager calls."""
+
+import math
+import shutil
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from library_cases import IGNORE, LAYOUT, LAYOUTS, ROWS, every_device, labels_for, logits_for
+from torch import Tensor, nn
+
+from balanced_group_softmax import (
+    BAGSHead,
+    GroupLayout,
+    grouped_softmax_loss,
+    grouped_softmax_scores,
+    sample_others,
+)
+
+FEATURES = 6
+has_compiler = (
+    shutil.which("g++") is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
+)
+inductor = pytest.param(
+    "inductor",
+    marks=pytest.mark.skipif(
+        not has_compiler, reason="inductor needs a C++ compiler and Python's headers"
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+# Compiled graphs ----------------------------------------------------------------------------
+
+
+def head_for(layout: GroupLayout, device: str = "cpu", **options: Any) -> BAGSHead:
+    head = BAGSHead(FEATURES, layout, device=device, **options)
+    nn.init.normal_(head.fc.weight)
+    return head
+
+
+def weighted(layout: GroupLayout) -> Callable[..., Tensor]:
+    """The functional loss with weights of rows and categories."""
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        weights = torch.linspace(0, 2, len(labels) * layout.num_groups, device=logits.device)
+        return grouped_softmax_loss(
+            logits,
+            labels,
+            layout,
+            weights=weights.view(len(labels), layout.num_groups),
+            category_weights=torch.linspace(0, 3, layout.num_categories, device=logits.device),
+        )
+
+    return loss
+
+
+def total(values: Tensor | dict[str, Tensor]) -> Tensor:
+    """A number from each of the kinds of losses."""
+    parts = list(values.values()) if isinstance(values, dict) else [values]
+    return torch.stack([factor * part.sum() for factor, part in enumerate(parts, start=1)]).sum()
+
+
+@every_device
+@pytest.mark.parametrize("kind", ["first", "last", "none"])
+@pytest.mark.parametrize("method", ["loss", "losses", "group_losses", "weighted"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_losses_are_those_of_eager_calls(
+    backend: str, method: str, kind: str, device: str
+) -> None:
+    """From the same random state, which these backends draw from as eager calls do."""
+    layout = LAYOUTS[kind]
+    head = head_for(layout, device, others_ratio=1.0)
+    features = torch.randn(ROWS, FEATURES, device=device)
+    labels = labels_for(layout, ROWS, device)
+    loss = weighted(layout) if method == "weighted" else getattr(head, method)
+
+    def step(features: Tensor, labels: Tensor) -> Tensor:
+        return total(loss(head(features), labels))
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend=backend)):
+        torch.manual_seed(5)
+        for _ in range(2):
+            value = function(features, labels)
+        results.append((value.detach(), *torch.autograd.grad(value, head.parameters())))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    assert results[0][1].any()
+
+
+@pytest.mark.parametrize("backend", [inductor])
+def test_compiled_by_inductor(backend: str) -> None:
+    """Which draws from PyTorch's own random state only if told so."""
+    head = head_for(LAYOUT, others_ratio=1.0)
+    features, labels = torch.randn(ROWS, FEATURES), labels_for(LAYOUT)
+
+    def step(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(features)
+        return head.group_losses(logits, labels), head.scores(logits)
+
+    compiled = torch.compile(
+        step, fullgraph=True, backend=backend, options={"fallback_random": True}
+    )
+    results = []
+    for function in (step, compiled):
+        torch.manual_seed(5)
+        losses, scores = function(features, labels)
+        slopes = torch.autograd.grad(losses @ torch.arange(5.0), head.parameters())
+        results.append((losses.detach(), scores.detach(), *slopes))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("triton_instead")
+@pytest.mark.parametrize("kind", ["first", "none"])
+def test_compiled_with_triton_behind_the_operators(kind: str) -> None:
+    layout = LAYOUTS[kind]
+    head = head_for(layout, others_ratio=1.0)
+    features, labels = torch.randn(7, FEATURES), labels_for(layout, 7)
+
+    def step(features: Tensor, labels: Tensor) -> Tensor:
+        return total(head.losses(head(features), labels))
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(5)
+    value = compiled(features, labels)
+    slopes = torch.autograd.grad(value, head.parameters())
+    head.impl = "reference"
+    torch.manual_seed(5)
+    expected = step(features, labels)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        slopes, torch.autograd.grad(expected, head.parameters()), rtol=1e-5, atol=1e-6
+    )
+
+
+class Recorder:
+    """A backend that runs graphs as they are, and keeps them."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        self.graphs.append(graph)
+        return graph.forward
+
+    @property
+    def operators(self) -> set[str]:
+        """Those of this package, in all graphs."""
+        called = [str(node.target) for graph in self.graphs for node in graph.graph.nodes]
+        marked = [name for name in called if "balanced_group_softmax" in name]
+        return {name.split(".")[1] for name in marked}
+
+
+@every_device
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_any_number_of_rows_without_compiling_for_each(dynamic: bool | None, device: str) -> None:
+    """Once for the first number, once more at the second; 0 and 1 are numbers of their own."""
+    head, recorder = head_for(LAYOUT, device), Recorder()
+    losses = torch.compile(head.losses, fullgraph=True, backend=recorder, dynamic=dynamic)
+    for rows in (9, 5, 21, 2, 200, 13):
+        logits = logits_for(LAYOUT, rows, device).requires_grad_()
+        values = losses(logits, labels_for(LAYOUT, rows, device))
+        assert all(value.isfinite() for value in values.values())
+        (slope,) = torch.autograd.grad(total(values), logits)
+        assert slope.shape == logits.shape
+    assert len(recorder.graphs) == (1 if dynamic else 2)
+    assert recorder.operators == {"sample_others", "group_losses"}
+
+
+def test_scores_are_plain_pytorch_in_a_graph_for_the_cpu() -> None:
+    recorder = Recorder()
+    scores = torch.compile(head_for(LAYOUT).scores, fullgraph=True, backend=recorder)
+    logits = logits_for(LAYOUT)
+    torch.testing.assert_close(scores(logits), grouped_softmax_scores(logits, LAYOUT))
+    assert len(recorder.graphs) == 1
+    assert not recorder.operators
+
+
+@every_device
+@pytest.mark.parametrize("backend", ["aot_eager", inductor])
+def test_every_call_draws_anew(backend: str, device: str) -> None:
+    """Exactly as many as the method wants, and other rows than in the call before."""
+    labels = torch.zeros(64, dtype=torch.int64, device=device)
+    labels[5] = 1  # of the lowest group
+    LAYOUT.tables(device)
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def sample(labels: Tensor) -> Tensor:
+        return sample_others(labels, LAYOUT)
+
+    drawn = [sample(labels)[:, 1] for _ in range(4)]
+    assert all(int(rows.sum()) == 9 and rows[5] for rows in drawn)
+    assert len({tuple(rows.nonzero().flatten().tolist()) for rows in drawn}) == 4
+
+
+@every_device
+@pytest.mark.parametrize("kind", ["first", "last", "none"])
+@pytest.mark.parametrize("method", ["loss", "losses", "weighted"])
+def test_a_bad_label_gives_nan_in_a_compiled_call(method: str, kind: str, device: str) -> None:
+    """Where it cannot be refused; and the rows of good labels keep their gradient."""
+    layout = LAYOUTS[kind]
+    head = head_for(layout, device, others_ratio=math.inf)  # no chance in it
+    loss = weighted(layout) if method == "weighted" else getattr(head, method)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    logits = logits_for(layout, ROWS, device).requires_grad_()
+    labels = labels_for(layout, ROWS, device)
+    labels[5] = IGNORE
+    (expected,) = torch.autograd.grad(total(compiled(logits, labels)), logits)
+    for bad in (-1, layout.num_labels, 2**40, -(2**40)):
+        labels = labels.clone()
+        labels[5] = bad
+        values = compiled(logits, labels)
+        parts = list(values.values()) if isinstance(values, dict) else [values]
+        assert all(part.isnan() for part in parts), bad
+        (slope,) = torch.autograd.grad(total(values), logits)
+        torch.testing.assert_close(slope, expected)
+
+
+# Exported graphs ----------------------------------------------------------------------------
+
+
+class Scores(nn.Module):
+    def __init__(self, head: BAGSHead) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.head.scores(self.head(features))
+
+
+@pytest.mark.parametrize("kind", ["first", "last", "none"])
+@pytest.mark.parametrize("impl", ["auto", "triton", "torch"])
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
+def test_exported_scores_are_plain_pytorch(
+    kind: str, impl: str, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So whatever knows PyTorch's own operators can run or translate them."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # else "triton" is refused without a GPU
+    model = Scores(head_for(LAYOUTS[kind], impl=impl))
+    program = torch.export.export(
+        model,
+        (torch.randn(ROWS, FEATURES),),
+        dynamic_shapes={"features": {0: torch.export.Dim("rows")}},
+        strict=strict,
+    )
+    called = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    foreign = [
+        target
+        for target in called
+        if isinstance(target, torch._ops.OpOverload) and target.namespace != "aten"
+    ]
+    assert called
+    assert not foreign
+    features = torch.randn(4, FEATURES)
+    torch.testing.assert_close(program.module()(features), model(features), rtol=1e-5, atol=1e-6)
