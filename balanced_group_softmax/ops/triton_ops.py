@@ -38,6 +38,8 @@ def sample_others(
     """Which rows count in which group, as `reference.sample_others`; [R, G], stored by group."""
     num_rows, num_groups = labels.shape[0], tables.num_groups
     active = torch.empty((num_groups, num_rows), dtype=torch.bool, device=labels.device)
+    if num_rows == 0:
+        return active.T, torch.ones(num_groups, dtype=torch.float32, device=labels.device)
     normalizers = torch.empty(num_groups, dtype=torch.float32, device=labels.device)
     block = min(WIDEST_BLOCK, max(KEYS_PER_WARP, triton.next_power_of_2(num_rows)))
     with _device_of(labels):

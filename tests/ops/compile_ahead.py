@@ -197,7 +197,7 @@ def compile_all(compiler: Compiler) -> None:
     # A control: with a fraction of the registers, the kernel has to spill.
     compiler.layout("lvis-v0.5")
     triton_ops.TUNING["maxnreg"] = 24
-    compiler.loss("starved of registers", single, FEW, with_gradient=False)
+    compiler.loss("starved of registers", single, FEW)
 
 
 def resource_usage(cubin: bytes) -> str:

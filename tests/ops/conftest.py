@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the kernels: watched memory, small blocks, a quicker interpreter."""
+"""Fixtures of the tests of the kernels: watched memory, small blocks, and kernels on the CPU."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -79,32 +79,8 @@ def few_programs(cut: Callable[..., None]) -> None:
     cut(MOST_PROGRAMS=2, TILE_SIZE=64)
 
 
-@pytest.fixture(scope="session")
-def quick_interpreter() -> Iterator[None]:
-    """Triton's interpreter prepares its language at every call of every function; once will do.
-
-    That takes it nearly half of its time. Where Triton has changed, it stays as slow as it is.
-    """
-    from triton import language
-    from triton.language import core
-    from triton.runtime import interpreter
-
-    prepare = interpreter._patch_lang
-    with pytest.MonkeyPatch.context() as patch:
-        if hasattr(interpreter, "_LangPatchScope"):
-
-            def prepare_once(function: Any) -> Any:
-                seen = [m for m in function.__globals__.values() if m is language or m is core]
-                if any(core.is_builtin(module.load) for module in seen):
-                    return prepare(function)
-                return interpreter._LangPatchScope()
-
-            patch.setattr(interpreter, "_patch_lang", prepare_once)
-        yield
-
-
 @pytest.fixture
-def triton_instead(monkeypatch: pytest.MonkeyPatch, quick_interpreter: None) -> None:
+def triton_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators launch the Triton kernels on the CPU too, in the interpreter."""
     for reason in eager.why_not_triton(torch.device("cpu")):
         pytest.skip(reason)

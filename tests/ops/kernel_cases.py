@@ -26,13 +26,18 @@ from balanced_group_softmax import GroupLayout
 from balanced_group_softmax.ops import eager
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytest.importorskip("triton")
 for _reason in eager.why_not_triton(torch.device(DEVICE)):
+    pytest.skip(_reason, allow_module_level=True)
+interpreting = pytest.importorskip("interpreting")
+if eager._is_interpreting():
+    interpreting.make_fit()
+_reason = interpreting.why_not(DEVICE)
+if _reason:
     pytest.skip(_reason, allow_module_level=True)
 triton_ops: ModuleType = pytest.importorskip("balanced_group_softmax.ops.triton_ops")
 
 MARKS = [
-    pytest.mark.usefixtures("watched_memory", "quick_interpreter"),
+    pytest.mark.usefixtures("watched_memory"),
     # The interpreter computes with NumPy, which speaks up at an infinity less an infinity.
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
     *([pytest.mark.gpu] if DEVICE == "cuda" else []),

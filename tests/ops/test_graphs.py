@@ -67,7 +67,7 @@ def weighted(layout: GroupLayout) -> Callable[..., Tensor]:
 def total(values: Tensor | dict[str, Tensor]) -> Tensor:
     """A number from each of the kinds of losses."""
     parts = list(values.values()) if isinstance(values, dict) else [values]
-    return torch.stack([factor * part.sum() for factor, part in enumerate(parts, start=1)]).sum()
+    return torch.stack([(index + 1) * part.sum() for index, part in enumerate(parts)]).sum()
 
 
 @every_device

@@ -183,7 +183,7 @@ def test_every_kernel_was_compiled(reports: dict[int, list[Report]], capability:
 @every_capability
 def test_no_kernel_spills(reports: dict[int, list[Report]], capability: int) -> None:
     spilling = {r["what"]: describe(r) for r in reports[capability] if spills(r["usage"])}
-    # Held to half of its registers one has to: were it not seen here, others would not be.
+    # Held to a third of its registers one has to: were it not seen here, others would not be.
     assert spilling.pop(CONTROL)
     assert not spilling
 
