@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-import triton
-import triton.language as tl
-from triton.language import core
-from triton.runtime import interpreter
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+interpreter = pytest.importorskip("triton.runtime.interpreter")
 
 
 def make_fit() -> None:
@@ -22,8 +23,8 @@ def make_fit() -> None:
     nothing_to_undo = getattr(interpreter, "_LangPatchScope", lambda: None)
 
     def prepare_once(function: Any) -> Any:
-        seen = [value for value in function.__globals__.values() if value is tl or value is core]
-        if not any(core.is_builtin(module.load) for module in seen):
+        seen = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        if not any(tl.core.is_builtin(module.load) for module in seen):
             return nothing_to_undo()
         undo = prepare(function)
         tl.tensor.__index__ = lambda self: int(np.squeeze(self.handle.data))
