@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,7 +116,7 @@ def check_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tens
     labels = labels.long()
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         # The extremes alone tell that all is well, as it nearly always is.
-        values = labels.numpy()
+        values = _values_of(labels)
         if values.size and (values.min() < 0 or values.max() >= layout.num_labels):
             bad = ((labels < 0) | (labels >= layout.num_labels)) & (labels != ignore_index)
             if bool(bad.any()):
@@ -125,3 +126,11 @@ def check_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tens
                     f"got {int(labels[row])} at row {row}"
                 )
     return labels
+
+
+def _values_of(labels: Tensor) -> np.ndarray:
+    try:
+        values: np.ndarray = labels.numpy()
+    except RuntimeError:  # wrapped by a transform of `torch.func`, memory out of reach
+        values = np.array(labels.tolist(), dtype=np.int64)
+    return values
