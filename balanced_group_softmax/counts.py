@@ -1,4 +1,4 @@
-"""Instance counts per category, read from LVIS or COCO annotations and checked on the way."""
+"""Counts per category, read from LVIS or COCO annotations and checked on the way."""
 
 import gc
 import json
@@ -6,11 +6,17 @@ import os
 import reprlib
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MAX_FILE_BYTES", "category_counts", "category_ids", "read_annotations"]
+__all__ = [
+    "MAX_FILE_BYTES",
+    "category_counts",
+    "category_ids",
+    "image_counts",
+    "read_annotations",
+]
 
 MAX_FILE_BYTES = 8 * 2**30
 """Largest annotation file that is read, in bytes; the largest public sets stay below 6 GB."""
@@ -54,38 +60,40 @@ def category_counts(annotations: Source) -> list[int]:
         >>> category_counts(coco)
         [1, 0]
     """
-    data, name = _load(annotations)
-    if isinstance(data, list | tuple) and data and not isinstance(data[0], dict):
-        return _integers(data, name, "counts", "count")
-    data = _validate(data, name, complete=False)
-    rows = sorted(data["categories"], key=lambda row: row["id"])
-    stated = [row for row in rows if "instance_count" in row]
-    if stated and len(stated) < len(rows):
-        lacking = next(row["id"] for row in rows if "instance_count" not in row)
-        raise ValueError(
-            f"{name}: Expected `instance_count` in every category or in none, got it in "
-            f"{len(stated)} of {len(rows)}; category {lacking} is the first without"
-        )
-    counted = _count(data["annotations"], rows) if "annotations" in data else None
-    if stated:
-        counts = [int(row["instance_count"]) for row in rows]
-        if counted is not None and any(counted) and counted != counts:
-            differing = [i for i, (a, b) in enumerate(zip(counts, counted, strict=True)) if a != b]
-            first = differing[0]
-            warnings.warn(
-                f"{name}: `instance_count` of {len(differing)} of {len(rows)} categories differs "
-                f"from the annotations in the same file (category {rows[first]['id']}: "
-                f"{counts[first]} against {counted[first]}); `instance_count` is used. To count "
-                "the annotations instead, remove that key from the categories.",
-                stacklevel=2,
-            )
-        return counts
-    if counted is None:
-        raise ValueError(
-            f"{name}: Expected categories with `instance_count` or a list `annotations` to count, "
-            "got neither"
-        )
-    return counted
+    return _stated_or_counted(annotations, "instance_count", _count_instances)
+
+
+def image_counts(annotations: Source) -> list[int]:
+    r"""Return the training images that hold each category, in ascending order of category id.
+
+    LVIS states them in its categories (`image_count`); they are taken as they are, with a warning
+    where annotations in the same file say otherwise. Where no category states a count (COCO), it
+    is the number of distinct images with an annotation of the category whose `iscrowd` is 0.
+
+    Args:
+        annotations: As for :func:`category_counts`, with `image_count` for `instance_count`.
+
+    Returns:
+        One integer >= 0 per category; 0 for a category that was never seen.
+
+    Raises:
+        OSError: The file is missing, a folder, or cannot be read.
+        ValueError: The content is not valid; the message names file, entry, and value.
+        TypeError: `annotations` is neither path, dict nor list.
+
+    Example:
+        >>> coco = {
+        ...     "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
+        ...     "annotations": [
+        ...         {"category_id": 3, "image_id": 1},
+        ...         {"category_id": 3, "image_id": 1},
+        ...         {"category_id": 3, "image_id": 2},
+        ...     ],
+        ... }
+        >>> image_counts(coco)
+        [2, 0]
+    """
+    return _stated_or_counted(annotations, "image_count", _count_images)
 
 
 def category_ids(annotations: Source) -> list[int]:
@@ -135,6 +143,52 @@ def read_annotations(annotations: Source, *, complete: bool = False) -> dict[str
     """
     data, name = _load(annotations)
     return _validate(data, name, complete=complete)
+
+
+def _stated_or_counted(source: Source, key: str, count: Callable[..., list[int]]) -> list[int]:
+    """Return what every category states under `key`, or else what `count` finds."""
+    data, name = _load(source)
+    if isinstance(data, list | tuple) and data and not isinstance(data[0], dict):
+        return _integers(data, name, "counts", "count")
+    data = _validate(data, name, complete=False)
+    rows = sorted(data["categories"], key=lambda row: row["id"])
+    stated = [row for row in rows if key in row]
+    if stated and len(stated) < len(rows):
+        lacking = next(row["id"] for row in rows if key not in row)
+        raise ValueError(
+            f"{name}: Expected `{key}` in every category or in none, got it in "
+            f"{len(stated)} of {len(rows)}; category {lacking} is the first without"
+        )
+    counted = count(data["annotations"], rows, name) if "annotations" in data else None
+    if stated:
+        # Checked in the order of the file, so that a message names the right entry.
+        _integers(
+            [row[key] for row in data["categories"]], name, "categories", key, data["categories"]
+        )
+        counts = [int(row[key]) for row in rows]
+        if counted is not None and any(counted) and counted != counts:
+            _warn_of_difference(counts, counted, rows, name, key)
+        return counts
+    if counted is None:
+        raise ValueError(
+            f"{name}: Expected categories with `{key}` or a list `annotations` to count, "
+            "got neither"
+        )
+    return counted
+
+
+def _warn_of_difference(
+    stated: list[int], counted: list[int], rows: Sequence[dict[str, Any]], name: str, key: str
+) -> None:
+    differing = [i for i, (a, b) in enumerate(zip(stated, counted, strict=True)) if a != b]
+    first = differing[0]
+    warnings.warn(
+        f"{name}: `{key}` of {len(differing)} of {len(rows)} categories differs "
+        f"from the annotations in the same file (category {rows[first]['id']}: "
+        f"{stated[first]} against {counted[first]}); `{key}` is used. To count "
+        "the annotations instead, remove that key from the categories.",
+        stacklevel=4,  # who called the public function
+    )
 
 
 def _load(source: Source) -> tuple[Any, str]:
@@ -256,8 +310,23 @@ def _check_annotations(
                 )
 
 
-def _count(rows: Sequence[dict[str, Any]], categories: Sequence[dict[str, Any]]) -> list[int]:
+def _count_instances(
+    rows: Sequence[dict[str, Any]], categories: Sequence[dict[str, Any]], name: str
+) -> list[int]:
     counter = Counter(row["category_id"] for row in rows if not row.get("iscrowd", 0))
+    return [counter[row["id"]] for row in categories]
+
+
+def _count_images(
+    rows: Sequence[dict[str, Any]], categories: Sequence[dict[str, Any]], name: str
+) -> list[int]:
+    images = _column(rows, "image_id", name, "annotations")
+    pairs = {
+        (row["category_id"], image)
+        for row, image in zip(rows, images, strict=True)
+        if not row.get("iscrowd", 0)
+    }
+    counter = Counter(category for category, _ in pairs)
     return [counter[row["id"]] for row in categories]
 
 

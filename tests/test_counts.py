@@ -15,7 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from balanced_group_softmax import counts as counts_module
-from balanced_group_softmax.counts import category_counts, category_ids, read_annotations
+from balanced_group_softmax.counts import (
+    category_counts,
+    category_ids,
+    image_counts,
+    read_annotations,
+)
 
 
 def coco(**changes: Any) -> dict[str, Any]:
@@ -150,6 +155,101 @@ def test_a_million_annotations_take_seconds() -> None:
     assert time.process_time() - start < 5  # about 0.6 s on a desktop core
 
 
+# --- images per category -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "categories", "total"),
+    [
+        ("lvis_v0.5_train_categories.json", 1230, 201_417),
+        ("lvis_v1_train_categories.json", 1203, 360_952),
+        ("lvis_val_100.json", 1230, 299),
+    ],
+)
+def test_real_image_counts(lvis_data: Path, file: str, categories: int, total: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        counts = image_counts(lvis_data / file)
+    assert (len(counts), sum(counts)) == (categories, total)
+    instances = category_counts(lvis_data / file)
+    assert all(0 <= images <= n for images, n in zip(counts, instances, strict=True))
+
+
+def test_real_annotations_lie_in_the_stated_images(lvis_data: Path) -> None:
+    path = lvis_data / "lvis_val_100.json"
+    data = json.loads(path.read_text())
+    for row in data["categories"]:
+        del row["image_count"]
+    assert image_counts(data) == image_counts(path)
+
+
+def test_an_image_counts_once_and_crowds_do_not() -> None:
+    again = {"id": 14, "image_id": 1, "category_id": 2}
+    data = coco()
+    data["annotations"].append(again)
+    assert category_counts(data) == [3, 0, 1]
+    assert image_counts(data) == [2, 0, 1]
+
+
+def test_stated_image_counts_win_with_a_warning_at_the_caller() -> None:
+    data = coco(categories=[{"id": i, "image_count": 7} for i in (9, 2, 5)])
+    with pytest.warns(UserWarning, match=r"`image_count` of 3 of 3 .*category 2: 7 ag") as caught:
+        assert image_counts(data) == [7, 7, 7]
+    assert caught[0].filename == __file__
+    assert image_counts(data["categories"]) == image_counts([7, 7, 7]) == [7, 7, 7]
+
+
+def test_each_kind_of_count_asks_for_its_own_key() -> None:
+    with pytest.raises(ValueError, match="with `image_count` or a list `annotations`"):
+        image_counts(lvis(3, 4))
+    with pytest.raises(ValueError, match="with `instance_count` or a list `annotations`"):
+        category_counts([{"id": 1, "image_count": 3}])
+
+
+@given(
+    picks=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.booleans()), max_size=30),
+)
+def test_counting_images_equals_a_plain_loop(picks: list[tuple[int, int, bool]]) -> None:
+    data = {
+        "categories": [{"id": i} for i in (3, 1, 0, 2)],
+        "annotations": [
+            {"category_id": category, "image_id": image, "iscrowd": int(crowd)}
+            for category, image, crowd in picks
+        ],
+    }
+    expected = []
+    for category in range(4):
+        held = [any(p == (category, image, False) for p in picks) for image in range(5)]
+        expected.append(sum(held))
+    assert image_counts(data) == expected
+
+
+BAD_IMAGE_COUNTS: dict[str, tuple[Any, str]] = {
+    "annotation without image": (
+        coco(images=[], annotations=[{"id": 1, "category_id": 2}]),
+        r"Expected `image_id` in annotations\[0\] \(id 1\)",
+    ),
+    "unknown image": (
+        coco(annotations=[{"id": 1, "category_id": 2, "image_id": 2}]),
+        "to be in `images`, got 2",
+    ),
+    "negative, in the order of the file": (
+        [{"id": 9, "image_count": 1}, {"id": 4, "image_count": -1}],
+        r"`image_count` of categories\[1\] \(id 4\).*int -1",
+    ),
+    "some categories only": (
+        [{"id": 1, "image_count": 4}, {"id": 6}],
+        "`image_count` in every category or in none, got it in 1 of 2; category 6",
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_IMAGE_COUNTS.values(), ids=BAD_IMAGE_COUNTS)
+def test_bad_image_counts(content: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"annotations: .*{message}"):
+        image_counts(content)
+
+
 # --- bad content ---------------------------------------------------------------------------------
 
 ROW = {"id": 10, "image_id": 1, "category_id": 2}
@@ -273,7 +373,7 @@ def test_bad_files_name_the_file(tmp_path: Path, content: bytes, message: str) -
     assert gc.isenabled()  # it is paused while parsing
 
 
-@pytest.mark.parametrize("read", [category_counts, category_ids, read_annotations])
+@pytest.mark.parametrize("read", [category_counts, category_ids, image_counts, read_annotations])
 def test_missing_file_and_folder(tmp_path: Path, read: Callable[[Path], object]) -> None:
     with pytest.raises(FileNotFoundError, match=r"no\.json: Expected an annotation file"):
         read(tmp_path / "no.json")
