@@ -53,6 +53,8 @@ head.load_state_dict(head.state_dict())
 bgs.BAGSLoss(layout)(logits.detach(), labels)
 bgs.sample_others(labels, layout)
 scores = head.scores(logits.detach())
+from balanced_group_softmax.rebalance.repeat_factors import RepeatFactorSampler
+list(RepeatFactorSampler([1.0, 2.5]))
 """
 
 
@@ -127,6 +129,7 @@ ALLOWED: dict[str, set[str]] = {
     "counts": set(),
     "detections": {"_arguments"},
     "rebalance": HELPERS | {"rebalance"},
+    "rebalance.repeat_factors": {"_arguments"},
     "legacy": HELPERS | {"legacy"},
     # Each adapter uses the core and what adapters share, never another adapter.
     "adapters": CORE_MODULES | {"_arguments", "tables", "adapters.protocol", "adapters.freezing"},
@@ -213,6 +216,7 @@ def test_every_module_keeps_to_its_layer() -> None:
     sources = {module_of(path): path.read_text(encoding="utf-8") for path in paths}
     packages = {module_of(path) for path in paths if path.name == "__init__.py"}
     assert {"", "layout", "ops.dispatch", "adapters.protocol"} <= set(sources)
+    assert "rebalance.repeat_factors" in sources
     assert violations(sources, packages) == []
 
 
@@ -227,6 +231,8 @@ def test_every_module_keeps_to_its_layer() -> None:
         ("counts", "import balanced_group_softmax.head as h"),
         ("counts", "from balanced_group_softmax import BAGSHead"),
         ("rebalance.focal", "from balanced_group_softmax.head import BAGSHead"),
+        ("rebalance.repeat_factors", "from balanced_group_softmax.layout import GroupLayout"),
+        ("rebalance.repeat_factors", "def f():\n    import torchvision"),
         ("functional", "from balanced_group_softmax.ops.torch_ops import loss"),
         ("functional", "from balanced_group_softmax.ops import torch_ops"),
         ("adapters.mmdet", "from balanced_group_softmax.adapters.torchvision import x"),
