@@ -37,6 +37,14 @@ def is_installed() -> bool:
     return importlib.util.find_spec("faster_coco_eval") is not None
 
 
+def check_installed() -> None:
+    """Raise ImportError where faster-coco-eval is not installed."""
+    if not is_installed():
+        raise ImportError(
+            "The fast method needs the package faster-coco-eval: pip install faster-coco-eval"
+        )
+
+
 def evaluate_fast(
     truth: GroundTruth,
     detections: Detections,
@@ -57,8 +65,7 @@ def evaluate_fast(
     Raises:
         ImportError: faster-coco-eval is not installed.
     """
-    if not is_installed():
-        raise ImportError("This needs the package faster-coco-eval: pip install faster-coco-eval")
+    check_installed()
     present = truth.present
     by_category = np.argsort(truth.categories, kind="stable")
     num_categories = len(truth.category_ids)

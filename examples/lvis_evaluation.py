@@ -165,6 +165,8 @@ def check_installed(method: str = "official") -> None:
     """Raise ImportError now, rather than after training, if evaluation lacks a package."""
     if method == "official":
         official_classes()
+    else:
+        fast_lvis.check_installed()
 
 
 def as_results(
