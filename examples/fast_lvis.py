@@ -17,9 +17,10 @@ import logging
 from typing import Any, NamedTuple
 
 import numpy as np
+from chunking import chunks
 from detection_results import Detections
 from detection_selection import Selection
-from ground_truth import MAX_AREA, MAX_DETECTIONS, GroundTruth, chunks, contains
+from ground_truth import MAX_AREA, MAX_DETECTIONS, GroundTruth, contains
 from tqdm import tqdm
 
 CHUNK = 100_000  # detections and annotations that are evaluated at once

@@ -11,10 +11,11 @@ categories, and a category counts by its annotations.
 from typing import NamedTuple
 
 import numpy as np
+from chunking import chunks
 from detection_matching import match
 from detection_results import Detections
 from detection_selection import Selection
-from ground_truth import IOU_THRESHOLDS, RECALL_THRESHOLDS, GroundTruth, chunks
+from ground_truth import IOU_THRESHOLDS, RECALL_THRESHOLDS, GroundTruth
 from tqdm import tqdm
 
 CHUNK = 200_000  # detections that are matched at once, whole categories

@@ -1,6 +1,6 @@
 """Annotations in the form that evaluation needs: columns, masks compressed, what is verified."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,24 +230,3 @@ class _Absence:
                 pairs[key].extend(number * len(category_ids) + place[i] for i in ids)
         self.negative = np.unique(np.array(pairs["neg_category_ids"], np.int64))
         self.incomplete = np.unique(np.array(pairs["not_exhaustive_category_ids"], np.int64))
-
-
-def chunks(sizes: np.ndarray, limit: int) -> Iterator[range]:
-    """Yield ranges that together cover all entries, each as long as its sum stays at the limit.
-
-    Args:
-        sizes: int64 [N].
-        limit: A larger entry gets a range of its own.
-
-    Example:
-        >>> list(chunks(np.array([2, 2, 9, 1, 1]), 4))
-        [range(0, 2), range(2, 3), range(3, 5)]
-    """
-    start, total = 0, 0
-    for i, size in enumerate(sizes.tolist()):
-        if i > start and total + size > limit:
-            yield range(start, i)
-            start, total = i, 0
-        total += size
-    if start < len(sizes):
-        yield range(start, len(sizes))

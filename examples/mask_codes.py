@@ -6,6 +6,9 @@
 from collections.abc import Sequence
 
 import numpy as np
+from chunking import chunks
+
+DIGITS = 2**17  # that are decoded at once: their arrays stay in the cache
 
 
 def are_valid(codes: Sequence[tuple[int, int, bytes]]) -> np.ndarray:
@@ -14,6 +17,12 @@ def are_valid(codes: Sequence[tuple[int, int, bytes]]) -> np.ndarray:
     Args:
         codes: (height, width, counts) of each mask.
     """
+    lengths = np.array([len(counts) for _, _, counts in codes], np.int64)
+    parts = [_are_valid(codes[part.start : part.stop]) for part in chunks(lengths, DIGITS)]
+    return np.concatenate([np.zeros(0, bool), *parts])
+
+
+def _are_valid(codes: Sequence[tuple[int, int, bytes]]) -> np.ndarray:
     lengths = np.array([len(counts) for _, _, counts in codes], np.int64)
     areas = np.array([height * width for height, width, _ in codes], np.int64)
     valid = lengths > 0

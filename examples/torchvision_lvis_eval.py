@@ -1,6 +1,6 @@
 r"""AP and AR of LVIS for a file of detections, without a model.
 
-    python examples/torchvision_lvis_eval.py results.json --annotations lvis_v1_val.json \\
+    python examples/torchvision_lvis_eval.py results.json --annotations lvis_v1_val.json \
         --train-annotations lvis_v1_train.json --eval bbox segm --out metrics.json
 
 RESULTS is in the format of LVIS results (.json) or in that of the original, mmdetection 1 (.pkl).
