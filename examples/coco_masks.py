@@ -128,13 +128,23 @@ def decompress_run_lengths(text: str | bytes) -> np.ndarray:
     return values
 
 
+def compress(segment: Segment, width: int, height: int) -> bytes:
+    """Return COCO's compressed run lengths of a mask."""
+    from pycocotools import mask as coco_mask
+
+    if isinstance(segment, list):
+        # Drawn by pycocotools, whose rounding evaluation uses too.
+        code = coco_mask.merge(coco_mask.frPyObjects(segment, height, width))
+    else:
+        runs = {"size": [height, width], "counts": segment.tolist()}
+        code = coco_mask.frPyObjects(runs, height, width)
+    counts: bytes = code["counts"]
+    return counts
+
+
 def draw_mask(segment: Segment, width: int, height: int) -> np.ndarray:
     """Return a mask as uint8 [height, width]."""
     if isinstance(segment, list):
-        # Drawn by pycocotools, whose rounding evaluation uses too.
-        from pycocotools import mask as coco_mask
-
-        codes = coco_mask.frPyObjects(segment, height, width)
-        segment = decompress_run_lengths(coco_mask.merge(codes)["counts"])
+        segment = decompress_run_lengths(compress(segment, width, height))
     inside = (np.arange(len(segment)) % 2).astype(np.uint8)
     return np.repeat(inside, segment).reshape(width, height).T

@@ -1,40 +1,64 @@
-"""Box AP and AR by the official LVIS code, over all, by frequency, and by count group.
+"""AP and AR of LVIS for boxes and masks: over all, by frequency, by count group, fixed, pooled.
 
-The reference is the package `lvis` 0.5.3. It asks for `np.float`, which numpy no longer has, and
-importing it needs OpenCV, for drawing. So its evaluation is loaded here as private modules with
-names of their own: nothing in numpy, and no module called `lvis`, is touched.
+Two methods give the same figures: the official code, and `faster-coco-eval`, which is several times
+faster and needs less memory.
 """
 
-import builtins
-import importlib.util
-import logging
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import fast_lvis
 import numpy as np
-from annotation_fields import is_number, read_areas, read_boxes, source_name, verified_categories
+from detection_results import Detections, from_records
+from detection_selection import best_of_categories, best_of_images
+from fast_lvis import Curves, evaluate_fast
+from fixed_ap import evaluate_fixed
+from ground_truth import (
+    IOU_THRESHOLDS,
+    GroundTruth,
+    frequency,
+    read_frequencies,
+    read_ground_truth,
+)
+from official_lvis import evaluate_officially, official_classes
 from torch import Tensor
 
-from balanced_group_softmax.counts import Source, read_annotations
+from balanced_group_softmax.counts import Source
+
+__all__ = [
+    "FIXED",
+    "METHODS",
+    "METRICS",
+    "RECALLS",
+    "Metrics",
+    "as_results",
+    "check_installed",
+    "choose_method",
+    "evaluate",
+    "evaluate_boxes",
+    "frequency",
+    "read_frequencies",
+]
 
 Metrics = dict[str, float | None]
+Groups = Mapping[str, Sequence[int]]
 
-MAX_DETECTIONS = 300  # of an image
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 RECALLS = ("AR", "ARs", "ARm", "ARl")
+FIXED = ("APfixed", "APfixed_r", "APfixed_c", "APfixed_f", "APpooled")
+METHODS = ("fast", "official")
+FREQUENCIES = "rcf"
 
 
 def evaluate_boxes(
     annotations: Source,
     detections: Iterable[Mapping[str, Any]],
     *,
-    groups: Mapping[str, Sequence[int]] | None = None,
+    groups: Groups | None = None,
     frequencies: Mapping[int, str] | None = None,
 ) -> Metrics:
-    """Return box metrics in percent; `None` where there is nothing to measure.
+    """Return box metrics in percent by the official code; `None` where there is nothing to measure.
 
     Keys: `AP`, `AP50`, `AP75` (IoU), `APs`, `APm`, `APl` (area), `APr`, `APc`, `APf` (frequency),
     `AR`, `ARs`, `ARm`, `ARl` (at 300 detections an image), and `AP_<name>` for each of `groups`.
@@ -55,64 +79,94 @@ def evaluate_boxes(
         ValueError: The annotation file is not valid, or detections are not, or of images or
             categories that it does not have.
     """
-    official, truth_class, results_class = _official_classes()
-    source = read_annotations(annotations, complete=True)
-    try:
-        data = _complete(source, frequencies)
-    except ValueError as error:
-        raise ValueError(f"{source_name(annotations)}: {error}") from None
-    rows = [dict(row) for row in detections]
-    _check_detections(rows, data)
+    check_installed("official")
+    truth = read_ground_truth(annotations, frequencies=frequencies)
+    boxes = [{k: v for k, v in row.items() if k != "segmentation"} for row in detections]
+    return evaluate(truth, from_records(boxes), groups=groups, method="official", fixed=False)
 
-    truth = _indexed(truth_class, data)
-    if rows:
-        results = results_class(truth, rows, max_dets=MAX_DETECTIONS)
-    else:  # the official reader looks into the first detection
-        results = _indexed(results_class, {**data, "annotations": []})
-    evaluation = official(truth, results, iou_type="bbox")
-    # Categories without annotations have no AP and enter no mean: leaving them out changes
-    # nothing but the time.
-    present = sorted({row["category_id"] for row in data["annotations"]})
-    evaluation.params.cat_ids = present
-    if not present:
-        return dict.fromkeys([*METRICS, *RECALLS, *(f"AP_{name}" for name in groups or {})])
-    evaluation.run()
-    values = {name.partition("@")[0]: value for name, value in evaluation.results.items()}
-    metrics = {name: _percent(values[name]) for name in (*METRICS, *RECALLS)}
-    precision = evaluation.eval["precision"][:, :, :, 0]  # IoU, recall, category, all areas
-    for name, members in (groups or {}).items():
-        wanted = set(members)
-        some = precision[:, :, [i for i, category in enumerate(present) if category in wanted]]
-        some = some[some > -1]
-        metrics[f"AP_{name}"] = _percent(some.mean() if some.size else -1)
+
+def evaluate(
+    truth: GroundTruth,
+    detections: Detections,
+    kind: str = "bbox",
+    *,
+    groups: Groups | None = None,
+    method: str = "fast",
+    fixed: bool = True,
+    progress: bool = False,
+) -> Metrics:
+    """Return metrics in percent; `None` where there is nothing to measure.
+
+    Keys: those of :func:`evaluate_boxes`, and with `fixed` `APfixed`, the same by frequency as
+    `APfixed_r`, `APfixed_c`, `APfixed_f`, and `APpooled` (see `fixed_ap`).
+
+    Args:
+        truth: The annotations; with masks for "segm".
+        detections: With masks for "segm". There may be none.
+        kind: "bbox" or "segm".
+        groups: Category ids by the name of a group.
+        method: "fast" or "official". AP fixed and pooled AP are computed in one way only.
+        fixed: Compute AP fixed and pooled AP too, as a second pass.
+        progress: Show bars.
+
+    Raises:
+        ImportError: What the method needs is not installed.
+        ValueError: Detections are of other images or categories, or lack masks.
+    """
+    if kind not in ("bbox", "segm"):
+        raise ValueError(f'Expected `kind` "bbox" or "segm", got {kind!r}')
+    if method not in METHODS:
+        raise ValueError(f"Expected `method` in {METHODS}, got {method!r}")
+    images, categories = truth.locate(detections, kind)
+    groups = groups or {}
+    names = [*METRICS, *RECALLS, *(f"AP_{name}" for name in groups), *(FIXED if fixed else ())]
+    if not len(truth.images):
+        return dict.fromkeys(names)
+    means = _Means(truth)
+    if method == "official":
+        figures, precision = evaluate_officially(truth, detections, images, categories, kind)
+        metrics = {name: _percent(figures[name]) for name in (*METRICS, *RECALLS)}
+        precision = precision[..., 0]
+    else:
+        selection = best_of_images(truth, detections, images, categories)
+        curves = evaluate_fast(truth, detections, selection, kind, progress=progress)
+        metrics = means.figures(curves)
+        precision = curves.precision[..., 0]
+    for name, members in groups.items():
+        metrics[f"AP_{name}"] = _mean(precision[..., means.of_ids(members)])
+    if fixed:
+        selection = best_of_categories(truth, detections, images, categories)
+        found = evaluate_fixed(truth, detections, selection, kind, progress=progress)
+        metrics["APfixed"] = _mean(found.precision)
+        for letter in FREQUENCIES:
+            metrics[f"APfixed_{letter}"] = _mean(found.precision[..., means.of_letter(letter)])
+        metrics["APpooled"] = _mean(found.pooled)
     return metrics
 
 
-def check_installed() -> None:
-    """Raise ImportError now, rather than after training, if evaluation lacks a package."""
-    _official_classes()
+def choose_method(method: str) -> str:
+    """Return the method if it can be used; the official one, with a warning, in place of "fast".
 
-
-def read_frequencies(annotations: Source) -> dict[int, str]:
-    """Return LVIS's "r", "c" or "f" by category id, from a training annotation file.
-
-    What the file says holds; where it does not say, as in COCO, the images with the category count.
+    Raises:
+        ImportError: What the method needs is not installed.
     """
-    data = read_annotations(annotations, complete=True)
-    images: dict[int, set[int]] = {row["id"]: set() for row in data["categories"]}
-    for row in data["annotations"]:
-        images[row["category_id"]].add(row["image_id"])
-    return {
-        row["id"]: row["frequency"]
-        if row.get("frequency") in ("r", "c", "f")
-        else frequency(len(images[row["id"]]))
-        for row in data["categories"]
-    }
+    if method == "fast" and not fast_lvis.is_installed():
+        warnings.warn(
+            "faster-coco-eval is not installed (pip install faster-coco-eval): evaluating by the "
+            "official code, which gives the same figures and takes longer",
+            stacklevel=2,
+        )
+        method = "official"
+    check_installed(method)
+    return method
 
 
-def frequency(image_count: int) -> str:
-    """Return LVIS's letter: rare in at most 10 training images, common in at most 100."""
-    return "r" if image_count <= 10 else "c" if image_count <= 100 else "f"
+def check_installed(method: str = "official") -> None:
+    """Raise ImportError now, rather than after training, if evaluation lacks a package."""
+    if method == "official":
+        official_classes()
+    else:
+        fast_lvis.check_installed()
 
 
 def as_results(
@@ -135,81 +189,39 @@ def as_results(
     ]
 
 
+class _Means:
+    """Means over categories, which are numbered as `truth.present` has them."""
+
+    def __init__(self, truth: GroundTruth) -> None:
+        self._ids = truth.category_ids[truth.present]
+        self._letters = np.array(truth.frequencies)[truth.present]
+
+    def of_ids(self, ids: Iterable[int]) -> np.ndarray:
+        return np.flatnonzero(np.isin(self._ids, list(ids)))
+
+    def of_letter(self, letter: str) -> np.ndarray:
+        return np.flatnonzero(self._letters == letter)
+
+    def figures(self, curves: Curves) -> Metrics:
+        """Return the 13 figures of LVIS."""
+        precision, recall = curves
+        everything = precision[..., 0]
+        values = [everything]
+        values += [everything[np.isclose(IOU_THRESHOLDS, iou)] for iou in (0.5, 0.75)]
+        values += [precision[..., area] for area in (1, 2, 3)]
+        values += [everything[..., self.of_letter(letter)] for letter in FREQUENCIES]
+        values += [recall[..., area] for area in range(4)]
+        return {
+            name: _mean(value) for name, value in zip((*METRICS, *RECALLS), values, strict=True)
+        }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Return the mean in percent of what is not -1."""
+    some = values[values > -1]
+    return _percent(some.mean()) if some.size else None
+
+
 def _percent(value: float) -> float | None:
     """The official code says -1 where there is nothing to average."""
     return None if value < 0 else 100 * float(value)
-
-
-def _check_detections(rows: Sequence[dict[str, Any]], data: Mapping[str, Any]) -> None:
-    known_images = {row["id"] for row in data["images"]}
-    known_categories = {row["id"] for row in data["categories"]}
-    for i, row in enumerate(rows):
-        image, category, score = row.get("image_id"), row.get("category_id"), row.get("score")
-        if image not in known_images or category not in known_categories:
-            raise ValueError(
-                "Expected `detections` of images and categories in the annotations, got image "
-                f"{image}, category {category}"
-            )
-        if not is_number(score):
-            raise ValueError(f"Expected `score` of detection {i} to be finite, got {score!r}")
-    read_boxes(rows, "detection")
-
-
-def _complete(data: dict[str, Any], frequencies: Mapping[int, str] | None) -> dict[str, Any]:
-    """Return an annotation file with all that the official code reads; `data` stays as it is."""
-    every_id = [row["id"] for row in data["categories"]]
-    known = set(every_id)
-    absence = {"neg_category_ids": every_id, "not_exhaustive_category_ids": []}
-    images = [{**row, **absence, **verified_categories(row, known)} for row in data["images"]]
-    areas = read_areas(data["annotations"], read_boxes(data["annotations"])).tolist()
-    annotations = [
-        {"ignore": row.get("iscrowd", 0), **row, "area": area}
-        for row, area in zip(data["annotations"], areas, strict=True)
-    ]
-    letters = read_frequencies(data)
-    letters.update(frequencies or {})
-    categories = [{**row, "frequency": letters[row["id"]]} for row in data["categories"]]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
-def _indexed(cls: Any, data: Mapping[str, Any]) -> Any:
-    """Make an official `LVIS` object from content; its constructor reads files only."""
-    made = cls.__new__(cls)
-    made.logger = logging.getLogger(cls.__module__)
-    made.dataset = data
-    made._create_index()
-    return made
-
-
-@cache
-def _official_classes() -> tuple[Any, Any, Any]:
-    """Return `LVISEval`, `LVIS`, `LVISResults` of private copies of the official modules."""
-    spec = importlib.util.find_spec("lvis")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError("Evaluation needs the package lvis: pip install lvis pycocotools")
-    folder = Path(spec.submodule_search_locations[0])
-    loaded: dict[str, ModuleType] = {}
-
-    def load(name: str) -> ModuleType:
-        if name not in loaded:
-            module = loaded[name] = ModuleType(f"_official_{name}")
-            path = folder / f"{name.partition('.')[2]}.py"
-            module.__dict__["__builtins__"] = {**vars(builtins), "__import__": import_}
-            exec(compile(path.read_text(encoding="utf-8"), path, "exec"), module.__dict__)
-        return loaded[name]
-
-    def import_(name: str, *args: Any, **kwargs: Any) -> Any:
-        # The modules import each other by absolute names, which would run the package's
-        # __init__, and with it the import of OpenCV.
-        return (
-            load(name) if name.startswith("lvis.") else builtins.__import__(name, *args, **kwargs)
-        )
-
-    evaluation = load("lvis.eval")
-    old_numpy = ModuleType("numpy")
-    old_numpy.__dict__.update(vars(np), float=float)
-    evaluation.__dict__["np"] = old_numpy
-    # It warns of results that are not read from a file.
-    logging.getLogger("_official_lvis.results").setLevel(logging.ERROR)
-    truth, results = load("lvis.lvis"), load("lvis.results")
-    return evaluation.LVISEval, truth.LVIS, results.LVISResults

@@ -134,7 +134,7 @@ def test_leaving_out_absent_categories_changes_nothing(lvis_data):
         row["score"] = (i * 7919 % 100) / 100
         row["bbox"] = [row["bbox"][0] + i % 9, *row["bbox"][1:]]
     ours = evaluation.evaluate_boxes(path, rows)
-    run, truths, results = evaluation._official_classes()
+    run, truths, results = evaluation.official_classes()
     official_truth = truths(str(path))
     official = run(official_truth, results(official_truth, rows), iou_type="bbox")
     official.run()
@@ -214,7 +214,7 @@ def test_null_is_as_good_as_absent():
         ({"bbox": [1, 2, 3]}, "`bbox` of detection 1"),
         ({"score": NAN}, "`score` of detection 1 to be finite, got nan"),
         ({"score": None}, "`score` of detection 1 to be finite, got None"),
-        ({"image_id": None}, "image None, category 5"),
+        ({"image_id": None}, "`image_id` of detection 1 to be an integer .* got None"),
     ],
     ids=str,
 )

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import figures
 import lvis_demo_data
-import lvis_evaluation
+import official_lvis
 import run_folder
 import summarise_runs
 import torchvision_lvis_train as example
@@ -283,8 +283,8 @@ def test_after_a_failed_run_the_same_output_can_be_used(few, tmp_path, capsys):
 
 
 def test_a_package_that_is_missing_is_told_before_training(few, tmp_path, monkeypatch, capsys):
-    lvis_evaluation._official_classes.cache_clear()
-    monkeypatch.setattr(lvis_evaluation.importlib.util, "find_spec", lambda name: None)
+    official_lvis.official_classes.cache_clear()
+    monkeypatch.setattr(official_lvis.importlib.util, "find_spec", lambda name: None)
     line = fails([*own_data(few), "--output", str(tmp_path / "run")], capsys)
     assert line == "error: Evaluation needs the package lvis: pip install lvis pycocotools"
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,78 @@
+"""COCO's compressed run lengths of many masks, checked at once.
+
+`coco_masks.decompress_run_lengths` reads one mask in some 30 microseconds; results hold millions.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from chunking import chunks
+
+DIGITS = 2**17  # that are decoded at once: their arrays stay in the cache
+
+
+def are_valid(codes: Sequence[tuple[int, int, bytes]]) -> np.ndarray:
+    """Return for each mask whether its run lengths decode and add up to its size, bool [N].
+
+    Args:
+        codes: (height, width, counts) of each mask.
+    """
+    lengths = np.array([len(counts) for _, _, counts in codes], np.int64)
+    parts = [_are_valid(codes[part.start : part.stop]) for part in chunks(lengths, DIGITS)]
+    return np.concatenate([np.zeros(0, bool), *parts])
+
+
+def _are_valid(codes: Sequence[tuple[int, int, bytes]]) -> np.ndarray:
+    lengths = np.array([len(counts) for _, _, counts in codes], np.int64)
+    areas = np.array([height * width for height, width, _ in codes], np.int64)
+    valid = lengths > 0
+    raw = np.frombuffer(b"".join(counts for _, _, counts in codes), np.uint8)
+    digits = raw.astype(np.int64) - 48
+    stops = lengths.cumsum()
+    code_of_digit = np.repeat(np.arange(len(codes)), lengths)
+    _refuse(valid, code_of_digit[(digits < 0) | (digits > 63)])
+    valid[valid] &= (digits[stops[valid] - 1] & 32) == 0  # the last digit says that more follow
+
+    # Only what decodes is decoded.
+    kept = valid[code_of_digit]
+    digits, code_of_digit = digits[kept], code_of_digit[kept]
+    if not digits.size:
+        return valid
+    ends = np.flatnonzero((digits & 32) == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    sizes = ends - starts + 1
+    code_of_number = code_of_digit[ends]
+    _refuse(valid, code_of_number[sizes > 7])  # 35 bits; no image has as many pixels
+    place = np.minimum(np.arange(digits.size) - np.repeat(starts, sizes), 7)
+    values = np.add.reduceat((digits & 31) << (5 * place), starts)
+    values -= np.where(digits[ends] & 16, 1 << (5 * np.minimum(sizes, 8)), 0)
+
+    runs = _undo_differences(values, code_of_number, len(codes))
+    _refuse(valid, code_of_number[(runs < 0) | (runs > areas[code_of_number])])
+    sums = np.zeros(len(codes), np.int64)
+    np.add.at(sums, code_of_number, runs)
+    return valid & (sums == areas)
+
+
+def _refuse(valid: np.ndarray, codes: np.ndarray) -> None:
+    valid[codes] = False
+
+
+def _undo_differences(values: np.ndarray, code: np.ndarray, count: int) -> np.ndarray:
+    """Return run lengths: from the fourth on, the difference to the run before the last is stored.
+
+    Args:
+        values: Of all masks, one after the other.
+        code: The number of the mask of each value, ascending.
+        count: Of masks.
+    """
+    numbers = np.bincount(code, minlength=count)
+    place = np.arange(len(values)) - np.repeat(numbers.cumsum() - numbers, numbers)
+    runs = values.copy()
+    for first in (1, 2):
+        chosen = (place >= first) & ((place - first) % 2 == 0)
+        sums = values[chosen].cumsum()
+        chosen_numbers = np.bincount(code[chosen], minlength=count)
+        before = np.concatenate([[0], sums])[chosen_numbers.cumsum() - chosen_numbers]
+        runs[chosen] = sums - np.repeat(before, chosen_numbers)
+    return runs
