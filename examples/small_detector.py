@@ -1,15 +1,17 @@
-"""A Faster R-CNN that trains from scratch in a minute or two on two CPU cores.
+"""A Faster or Mask R-CNN that trains from scratch in a minute or two on two CPU cores.
 
 Everything but the backbone is torchvision's own. Sizes are chosen for images of about 128 pixels.
 """
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 
 WIDTH = 32  # channels of the stem
@@ -20,21 +22,27 @@ ANCHORS = (0.16, 0.28, 0.44)  # of the image's side, for each level
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 
 
-def small_faster_rcnn(num_categories: int, image_size: int = 128) -> FasterRCNN:
+def small_detector(kind: type[FasterRCNN], num_categories: int, **limits: Any) -> FasterRCNN:
     """Build the detector, with fresh weights.
 
     Args:
+        kind: `FasterRCNN` or `MaskRCNN`.
         num_categories: C; label 0 is background.
-        image_size: Images are resized to this shorter side, in pixels, and at most twice this
-            longer side.
+        limits: Further arguments of `kind`. Images are resized to the last of `min_size`, for
+            which the anchors are made.
     """
     levels = ["0", "1", "2"]
-    return FasterRCNN(
+    side = limits["min_size"][-1]
+    if issubclass(kind, MaskRCNN):
+        limits |= {
+            "mask_roi_pool": MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=1),
+            "mask_head": MaskRCNNHeads(FPN_CHANNELS, (FPN_CHANNELS,) * 2, 1),
+            "mask_predictor": MaskRCNNPredictor(FPN_CHANNELS, FPN_CHANNELS, num_categories + 1),
+        }
+    return kind(
         SmallBackbone(),
-        min_size=image_size,
-        max_size=2 * image_size,
         rpn_anchor_generator=AnchorGenerator(
-            tuple((round(part * image_size),) for part in ANCHORS),
+            tuple((round(part * side),) for part in ANCHORS),
             (ASPECT_RATIOS,) * len(levels),
         ),
         rpn_pre_nms_top_n_train=300,
@@ -44,13 +52,8 @@ def small_faster_rcnn(num_categories: int, image_size: int = 128) -> FasterRCNN:
         rpn_batch_size_per_image=64,
         box_roi_pool=MultiScaleRoIAlign(levels, output_size=ROI_SIZE, sampling_ratio=1),
         box_head=TwoMLPHead(FPN_CHANNELS * ROI_SIZE**2, BOX_FEATURES),
-        box_predictor=BoxPredictor(BOX_FEATURES, num_categories + 1),
-        box_batch_size_per_image=48,
-        box_positive_fraction=1 / 3,
-        # As LVIS is evaluated: no score is too low, 300 detections an image.
-        box_score_thresh=0.0,
-        box_nms_thresh=0.5,
-        box_detections_per_img=300,
+        box_predictor=FastRCNNPredictor(BOX_FEATURES, num_categories + 1),
+        **limits,
     )
 
 
@@ -106,27 +109,12 @@ def conv_bn_relu(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     )
 
 
-class BoxPredictor(nn.Module):
-    """torchvision's `FastRCNNPredictor`, with one box regression shared by all categories.
+class SharedBoxRegression(nn.Linear):
+    """Four deltas, repeated for every label, since torchvision picks them by label.
 
     A category seen five times cannot learn a box regression of its own; sharing it, as cascades
     do, leaves the classifier as what separates rare from frequent categories.
     """
-
-    def __init__(self, in_features: int, num_labels: int) -> None:
-        super().__init__()
-        self.cls_score = nn.Linear(in_features, num_labels)
-        # Small weights as in the original, so that their norms tell what was learned.
-        nn.init.normal_(self.cls_score.weight, std=0.01)
-        nn.init.zeros_(self.cls_score.bias)
-        self.bbox_pred = SharedBoxRegression(in_features, num_labels)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cls_score(features), self.bbox_pred(features)
-
-
-class SharedBoxRegression(nn.Linear):
-    """Four deltas, repeated for every label, since torchvision picks them by label."""
 
     def __init__(self, in_features: int, num_labels: int) -> None:
         super().__init__(in_features, 4)

@@ -8,122 +8,389 @@ softmax, and then, with everything but the classifier frozen, trains
 - Balanced Group Softmax, started from the softmax classifier, and
 - as a control, the softmax classifier itself, for as many steps on the same batches.
 
-All three are evaluated by the official LVIS code. A table, `metrics.json`, checkpoints, the layout
-of the groups and pictures go to a run folder. With `--annotations` and `--images` the same happens
-on an LVIS (v0.5, v1) or COCO data set of yours.
+All three are evaluated as LVIS is. A table, `metrics.json`, checkpoints, the layout of the groups
+and pictures go to a run folder. `--config` chooses another recipe, such as those of the paper, and
+`--annotations` and `--images` an LVIS (v0.5, v1) or COCO data set of yours; `--stage` runs one
+training alone:
+
+    torchrun --nproc-per-node 8 examples/torchvision_lvis_train.py --stage softmax \
+        --config examples/configs/faster_rcnn_r50.toml --annotations lvis_v0.5_train.json \
+        --images coco/ --val-annotations lvis_v0.5_val.json --val-images coco/ --output runs/softmax
+    torchrun --nproc-per-node 8 examples/torchvision_lvis_train.py --stage bags \
+        --config examples/configs/faster_rcnn_r50.toml --checkpoint runs/softmax/softmax.pt ... \
+        --output runs/bags
+
+A run that was killed goes on with the same command and `--resume`.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
-import math
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import distributed
 import figures
 import torch
 import torchvision
-from detection_data import ImageError, LVISDetection, Target, collate, make_transforms
+from checkpoints import Checkpoint
+from detecting import detect
+from detection_data import ImageError
+from detectors import category_norms, with_same_postprocessing
+from evaluation_report import make_table
+from ground_truth import read_ground_truth
 from lvis_demo_data import write_demo_data
-from lvis_evaluation import (
-    Metrics,
-    as_results,
-    check_installed,
-    evaluate_boxes,
-    read_frequencies,
+from lvis_evaluation import Metrics, check_installed, choose_method, evaluate
+from recipe import (
+    FIELDS,
+    Recipe,
+    add_options,
+    given_options,
+    read_options,
+    recipes_of,
+    run_toml,
 )
-from run_folder import make_run_folder, write_checkpoint, write_json, write_text
-from small_detector import small_faster_rcnn
-from softmax_classifier import SoftmaxClassifier
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from results_files import read_results
+from run_data import Files, describe, load_data, named_files
+from run_folder import make_run_folder, partial_path, write_json, write_text
+from stages import (
+    BAGS,
+    CONTINUED,
+    SOFTMAX,
+    Log,
+    Setting,
+    run_stage,
+    start_of_stage_two,
+    with_weights_of,
+)
+from torch import nn
+from training import AUTOCAST, Interrupted
 
-from balanced_group_softmax import GroupLayout, category_counts
-from balanced_group_softmax.adapters.torchvision import convert_classifier, convert_to_bags, freeze
-
-CLASSIFIER = "roi_heads.box_predictor.cls_score."
-WARM_UP = 20  # steps
-MAX_GRADIENT_NORM = 35.0  # as the original
-
-
-@dataclass
-class Data:
-    """What is trained and evaluated on."""
-
-    train: LVISDetection
-    val: LVISDetection
-    val_annotations: Path
-    counts: list[int]
-    frequencies: dict[int, str]
-    layout: GroupLayout
-
-    @property
-    def groups(self) -> dict[str, list[int]]:
-        """Category ids by group name."""
-        ids = self.train.category_ids
-        named = zip(self.layout.names, self.layout.groups, strict=True)
-        return {name: [ids[i] for i in members] for name, members in named}
+DEMO = Path(__file__).parent / "configs" / "demo.toml"
+STAGES = {
+    "compare": (SOFTMAX, CONTINUED, BAGS),
+    "softmax": (SOFTMAX,),
+    "continued": (CONTINUED,),
+    "bags": (BAGS,),
+}
+EFFECTIVE = "recipe.toml"
+TERMINATED = 143
+"""How a shell says that SIGTERM ended a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    folder = None
     try:
-        check_installed()
-        device = find_device(args.device)
-        folder = make_run_folder(args.output, f"torchvision-lvis-seed{args.seed}")
-        data = load_data(args, folder)
-    except (OSError, ValueError, ImportError) as error:
-        return fail(error, folder)
-    try:
-        run(args, data, folder, device)
-    except (OSError, ImageError, FloatingPointError) as error:
-        return fail(error, folder)
+        check_arguments(args)
+        device = distributed.local_device(args.device)
+    except (OSError, ValueError) as error:
+        return fail(error, None)
+    with distributed.process_group(device):
+        folder = None
+        try:
+            check_installed()
+            folder = Path(distributed.first_does(lambda: str(open_run_folder(args))))
+            setting = prepare(args, folder, device)
+            run(args, setting)
+        except Interrupted:
+            if distributed.is_first():
+                print(f"Asked to end; go on with --resume --output {folder}", file=sys.stderr)
+            return TERMINATED
+        except (OSError, ValueError, ImportError, ImageError, FloatingPointError) as error:
+            return fail(error, folder)
     return 0
 
 
-def run(args: argparse.Namespace, data: Data, folder: Path, device: torch.device) -> None:
-    started = time.perf_counter()
-    print(f"{describe(data, device)}\nRun folder: {folder}")
-    torch.manual_seed(args.seed)
-
-    # Stage one: the whole detector, with plain softmax.
-    softmax = small_faster_rcnn(data.layout.num_categories, args.image_size).to(device)
-    adam = torch.optim.AdamW(softmax.parameters(), lr=args.lr, weight_decay=1e-2)
-    train(softmax, adam, data.train, args, steps=args.steps, stage=1, name="softmax")
-    data.layout.save(folder / "layout.json")  # not earlier: an empty folder can be used again
-    write_checkpoint(folder / "softmax.pt", softmax.state_dict())
-
-    # Stage two: the classifier only, once with plain softmax and once with groups.
-    continued = copy.deepcopy(softmax)
-    bags = convert_to_bags(softmax, data.layout, args.others_ratio, inplace=False)
-    for model, name in ((continued, "softmax_continued"), (bags, "bags")):
-        sgd = torch.optim.SGD(
-            freeze(model, train="classifier"), lr=args.finetune_lr, momentum=0.9, weight_decay=1e-4
+def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Setting:
+    """Read data and recipes, and say what will be done."""
+    options = [read_options(args.config or DEMO), given_options(args)]
+    recipes = recipes_of(*options)
+    files = named_files(args.annotations, args.images, args.val_annotations, args.val_images)
+    if files is None:
+        files = distributed.first_does(lambda: draw_demo_data(args, folder))
+    elif not args.val_annotations and distributed.is_first():
+        print("No --val-annotations: evaluating on the training images.")
+    data = load_data(
+        files,
+        flip=recipes["softmax"].flip,
+        masks=recipes["softmax"].detector == "mask_rcnn",
+        skip_broken=args.skip_broken,
+        progress=distributed.is_first(),
+    )
+    if args.stage in ("continued", "bags"):
+        given = {name for source in options for table in source.values() for name in table}
+        start, recipes["bags"] = start_of_stage_two(
+            args.checkpoint, data, recipes["bags"], given & FIELDS.keys()
         )
-        train(model, sgd, data.train, args, steps=args.finetune_steps, stage=2, name=name)
-        check_frozen(softmax, model)
-        write_checkpoint(folder / f"{name}.pt", model.state_dict())
+    elif args.checkpoint:
+        start = with_weights_of(args.checkpoint, recipes["softmax"], data)
+    else:
+        start = None
+    setting = Setting(
+        folder=folder,
+        data=data,
+        recipes=recipes,
+        device=device,
+        seed=args.seed,
+        num_workers=args.num_workers,
+        save_every=args.save_every,
+        skip_broken=args.skip_broken,
+        resume=args.resume,
+        logger=lambda name, step: make_log(args, folder, name, step),
+        start=start,
+    )
+    if args.evaluate_every:
+        setting.after_epoch = lambda name, model, epoch: report_epoch(
+            args, setting, name, model, epoch
+        )
+    if distributed.is_first():
+        write_text(folder / EFFECTIVE, run_toml(recipes, run_options(args)))
+        groups = ", ".join(f"{name}: {len(ids)}" for name, ids in groups_of(setting).items())
+        print(
+            f"{describe(data)}\nGroups by training instances: {groups}\n"
+            f"Training on {device} with torch {torch.__version__}, "
+            f"{distributed.world_size()} process(es)\nRun folder: {folder}"
+        )
+    return setting
+
+
+def run(args: argparse.Namespace, setting: Setting) -> None:
+    """Train what was asked for, evaluate it, and write everything down."""
+    started = time.perf_counter()
+    folder, first = setting.folder, distributed.is_first()
+    checkpoints: dict[str, Checkpoint] = {}
+    for name in STAGES[args.stage]:
+        start = checkpoints.get(SOFTMAX, setting.start)
+        checkpoints[name] = run_stage(setting, name, start)
+        if first:
+            layout_of(setting).save(folder / "layout.json")
     trained = time.perf_counter() - started
 
-    models = {"softmax": softmax, "softmax_continued": continued, "bags": bags}
-    metrics = {name: evaluate(model, data, args, name) for name, model in models.items()}
-    write_json(folder / "metrics.json", metrics)
-    table = figures.make_table(metrics, list(data.groups))
-    write_text(folder / "table.md", table)
-    draw(folder, models, metrics, data)
-    settings = {
-        **vars(args),
-        # JSON has no infinity.
-        "others_ratio": args.others_ratio if math.isfinite(args.others_ratio) else "inf",
-        "output": str(folder),
-        "device": str(device),
+    metrics: dict[str, Metrics] = {}
+    for name, checkpoint in checkpoints.items():
+        model = checkpoint.make_model().to(setting.device)
+        found = evaluated(args, setting, name, model)
+        if first:
+            metrics[name] = found
+    if first:
+        write_json(folder / "metrics.json", metrics)
+        table = tables(args, setting, metrics)
+        write_text(folder / "table.md", table)
+        if args.stage == "compare":
+            draw(setting, checkpoints, metrics)
+        write_json(folder / "run.json", summary(args, setting, trained, started))
+        report_broken(setting)
+        print(f"\n{table}\nWritten to {folder} in {time.perf_counter() - started:.0f} s")
+    distributed.barrier()
+
+
+# --- data and folders ---------------------------------------------------------------------------
+
+
+def open_run_folder(args: argparse.Namespace) -> Path:
+    """Return a new or empty folder, or the one to go on in."""
+    if args.resume and Path(args.output).is_dir():
+        folder = Path(args.output)
+        for left in folder.glob(".partial-*"):  # of a run that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        return folder
+    return make_run_folder(args.output, f"torchvision-lvis-seed{args.seed}")
+
+
+def draw_demo_data(args: argparse.Namespace, folder: Path) -> Files:
+    """Return the demo's data, which an earlier part of the run may have drawn."""
+    if not (folder / "data").is_dir():
+        write_demo_data(folder / "data", args.seed, progress=True)
+    return Files(*(folder / "data" / part for part in ("train.json", "train", "val.json", "val")))
+
+
+def layout_of(setting: Setting) -> Any:
+    return setting.data.categories.layout(setting.recipes["bags"].thresholds)
+
+
+def groups_of(setting: Setting) -> dict[str, list[int]]:
+    """Return category ids by group name."""
+    layout, ids = layout_of(setting), setting.data.categories.ids
+    named = zip(layout.names, layout.groups, strict=True)
+    return {name: [ids[i] for i in members] for name, members in named}
+
+
+# --- evaluation and results ---------------------------------------------------------------------
+
+
+def evaluated(args: argparse.Namespace, setting: Setting, name: str, model: nn.Module) -> Metrics:
+    """Return the figures of a detector, on the first process; those of masks as `segm_AP`, ..."""
+    recipe = setting.recipe(name)
+    path = partial_path(setting.folder / f"{name}.json")
+    path = Path(distributed.from_first(str(path)))
+    try:
+        broken = detect(
+            model,
+            setting.data.val,
+            path,
+            batch_size=recipe.batch_size,
+            device=setting.device,
+            num_workers=setting.num_workers,
+            autocast=AUTOCAST.get(recipe.amp),
+            skip_broken=setting.skip_broken,
+            title=f"Evaluating {name}",
+        )
+        setting.broken.update(dict.fromkeys(broken))
+        metrics: Metrics = {}
+        if distributed.is_first():
+            metrics = figures_of(path, setting, recipe)
+    finally:
+        if distributed.is_first():
+            path.unlink(missing_ok=True)
+    distributed.barrier()
+    return metrics
+
+
+def figures_of(path: Path, setting: Setting, recipe: Recipe) -> Metrics:
+    """Return the figures of a file of detections."""
+    masks = recipe.detector == "mask_rcnn"
+    categories = setting.data.categories
+    truth = read_ground_truth(
+        setting.data.val_annotations,
+        masks=masks,
+        frequencies=dict(zip(categories.ids, categories.frequencies, strict=True)),
+    )
+    results = read_results(path, truth.file_image_ids, truth.file_category_ids)
+    metrics: Metrics = {}
+    for kind in ("bbox", "segm") if masks else ("bbox",):
+        found = evaluate(
+            truth, results, kind, groups=groups_of(setting), method=choose_method("fast")
+        )
+        prefix = "" if kind == "bbox" else "segm_"
+        metrics |= {f"{prefix}{key}": value for key, value in found.items()}
+    return metrics
+
+
+def tables(args: argparse.Namespace, setting: Setting, metrics: Mapping[str, Metrics]) -> str:
+    """Return the figures as Markdown: methods side by side, or of one the original's table."""
+    names = list(groups_of(setting))
+    kinds = [kind for kind, key in (("bbox", "AP"), ("segm", "segm_AP")) if key in _any(metrics)]
+    parts = []
+    for kind in kinds:
+        prefix = "" if kind == "bbox" else "segm_"
+        own = {
+            name: {
+                key.removeprefix(prefix): value
+                for key, value in values.items()
+                if key.startswith(prefix)
+            }
+            for name, values in metrics.items()
+        }
+        if args.stage == "compare":
+            title = "" if len(kinds) == 1 else f"{kind}:\n\n"
+            parts.append(title + figures.make_table(own, names))
+        else:
+            parts += [make_table(values, kind, names) + "\n" for values in own.values()]
+    return "\n".join(parts)
+
+
+def _any(metrics: Mapping[str, Metrics]) -> Metrics:
+    return next(iter(metrics.values()))
+
+
+def report_epoch(
+    args: argparse.Namespace, setting: Setting, name: str, model: nn.Module, epoch: int
+) -> None:
+    """Evaluate in the middle of training, every few epochs."""
+    if epoch % args.evaluate_every == 0:
+        metrics = evaluated(args, setting, name, model)
+        if distributed.is_first():
+            shown = ", ".join(
+                f"{key} {value:.2f}"
+                for key in ("AP", "APr", "APc", "APf", "segm_AP")
+                if (value := metrics.get(key)) is not None
+            )
+            print(f"{name} after epoch {epoch}: {shown}")
+
+
+def report_broken(setting: Setting) -> None:
+    """Tell which images could not be read."""
+    if setting.broken:
+        write_text(setting.folder / "broken_images.txt", "\n".join(setting.broken) + "\n")
+        print(
+            f"{len(setting.broken)} images could not be read, such as {next(iter(setting.broken))};"
+            f" all of them: {setting.folder / 'broken_images.txt'}"
+        )
+
+
+@torch.inference_mode()
+def draw(
+    setting: Setting, checkpoints: Mapping[str, Checkpoint], metrics: Mapping[str, Metrics]
+) -> None:
+    """Draw AP by group, weight norms, and detections of some images."""
+    groups, data, folder = groups_of(setting), setting.data, setting.folder
+    layout = layout_of(setting)
+    figures.save(
+        figures.plot_ap_per_group(metrics, list(groups), [len(ids) for ids in groups.values()]),
+        folder / "ap_per_group.png",
+    )
+    norms = {
+        "softmax": category_norms(checkpoints[SOFTMAX].model, range(1, layout.num_labels)),
+        "bags": category_norms(checkpoints[BAGS].model, layout.tables().category_columns.tolist()),
+    }
+    figures.save(
+        figures.plot_weight_norms(norms, data.categories.counts, layout.groups),
+        folder / "weight_norms.png",
+    )
+
+    # The first validation images with two rare objects, not those where one method looks well.
+    rare = [letter == "r" for letter in data.categories.frequencies]
+    num_rare = [sum(rare[j - 1] for j in data.val.labels(i)) for i in range(len(data.val))]
+    chosen = sorted(range(len(data.val)), key=lambda i: -min(num_rare[i], 2))[:4]
+    items = []
+    for i in chosen:
+        with contextlib.suppress(ImageError):  # which was told already, or has ended the run
+            items.append(data.val[i])
+    columns = {}
+    for name in (SOFTMAX, BAGS):
+        model = with_same_postprocessing(checkpoints[name].make_model()).to(setting.device).eval()
+        outputs = model([image.to(setting.device) for image, _ in items])
+        columns[figures.LABELS[name]] = [
+            {key: value.cpu() for key, value in output.items()} for output in outputs
+        ]
+    figures.save(
+        figures.plot_detections(
+            items, columns, [name.replace("_", " ") for name in data.categories.names], rare
+        ),
+        folder / "detections.png",
+    )
+
+
+def make_log(args: argparse.Namespace, folder: Path, name: str, step: int) -> Log:
+    """Return what is called with the losses of a step."""
+    if not args.tensorboard or not distributed.is_first():
+        return lambda step, values: None
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard" / name), purge_step=step)
+
+    def log(step: int, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+
+    return log
+
+
+def summary(
+    args: argparse.Namespace, setting: Setting, trained: float, started: float
+) -> dict[str, Any]:
+    """Return what a reader of the figures wants to know of the run."""
+    return {
+        **run_options(args),
+        "output": str(setting.folder),
+        "device": str(setting.device),
+        "processes": distributed.world_size(),
         "seconds": {
             "training": round(trained, 1),
             "all": round(time.perf_counter() - started, 1),
@@ -134,229 +401,6 @@ def run(args: argparse.Namespace, data: Data, folder: Path, device: torch.device
             "torchvision": torchvision.__version__,
         },
     }
-    write_json(folder / "run.json", settings)
-    print(f"\n{table}\nWritten to {folder} in {time.perf_counter() - started:.0f} s")
-
-
-# --- data ---------------------------------------------------------------------------------------
-
-
-def load_data(args: argparse.Namespace, folder: Path) -> Data:
-    """Read the user's data, or draw the demo's."""
-    if bool(args.annotations) != bool(args.images):
-        raise ValueError("Expected `--annotations` and `--images` together, got only one of them")
-    if bool(args.val_annotations) != bool(args.val_images):
-        raise ValueError(
-            "Expected `--val-annotations` and `--val-images` together, got only one of them"
-        )
-    if args.val_annotations and not args.annotations:
-        raise ValueError("Expected `--annotations` and `--images` with `--val-annotations`")
-    if args.annotations:
-        paths = [args.annotations, args.images, args.val_annotations, args.val_images]
-        if not args.val_annotations:
-            print("No --val-annotations: evaluating on the training images.")
-            paths[2:] = paths[:2]
-    else:
-        write_demo_data(folder / "data", args.seed, progress=True)
-        paths = [folder / "data" / part for part in ("train.json", "train", "val.json", "val")]
-    train_annotations, train_images, val_annotations, val_images = map(Path, paths)
-
-    train = LVISDetection(train_annotations, train_images, transforms=make_transforms(flip=0.5))
-    val = LVISDetection(val_annotations, val_images)
-    if len(train) == 0 or len(val) == 0:
-        raise ValueError(
-            f"Expected images to train and evaluate on, got {len(train)} in {train_annotations} "
-            f"and {len(val)} in {val_annotations}"
-        )
-    if val.category_ids != train.category_ids:
-        missing, added = (
-            sorted(set(a) - set(b))[:5]
-            for a, b in (
-                (train.category_ids, val.category_ids),
-                (val.category_ids, train.category_ids),
-            )
-        )
-        raise ValueError(
-            f"Expected the category ids of {train_annotations} in {val_annotations}; ids only in "
-            f"the former: {missing}, only in the latter: {added} (the first five of each)"
-        )
-    for dataset in (train, val):
-        dataset.check_images(progress=True)
-    counts = category_counts(train_annotations)
-    layout = GroupLayout.from_counts(counts, category_ids=train.category_ids)
-    frequencies = read_frequencies(train_annotations)
-    return Data(train, val, val_annotations, counts, frequencies, layout)
-
-
-def describe(data: Data, device: torch.device) -> str:
-    letters = [data.frequencies[i] for i in data.train.category_ids]
-    groups = ", ".join(f"{name}: {len(ids)}" for name, ids in data.groups.items())
-    return (
-        f"{len(data.train)} training and {len(data.val)} validation images, "
-        f"{len(letters)} categories ({letters.count('r')} rare, {letters.count('c')} common, "
-        f"{letters.count('f')} frequent)\n"
-        f"Left out of training: {data.train.dropped['crowd']} crowd annotations, "
-        f"{data.train.dropped['degenerate']} boxes thinner than a pixel\n"
-        f"Groups by training instances: {groups}\n"
-        f"Training on {device} with torch {torch.__version__}"
-    )
-
-
-def batches(
-    dataset: LVISDetection, args: argparse.Namespace, stage: int
-) -> Iterator[tuple[list[Tensor], list[Target]]]:
-    """Yield batches for ever, in an order that depends on the seed and the stage alone."""
-    loader = DataLoader(
-        dataset,
-        args.batch_size,
-        shuffle=True,
-        drop_last=len(dataset) >= args.batch_size,
-        collate_fn=collate,
-        num_workers=args.num_workers,
-        generator=torch.Generator().manual_seed(1000 * args.seed + stage),
-    )
-    while True:
-        yield from loader
-
-
-# --- training -----------------------------------------------------------------------------------
-
-
-def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    dataset: LVISDetection,
-    args: argparse.Namespace,
-    *,
-    steps: int,
-    stage: int,
-    name: str,
-) -> None:
-    """Train what the optimiser holds, with a short warm-up and a cosine to zero."""
-    device = next(model.parameters()).device
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2,
-    )
-    data = batches(dataset, args, stage)
-    model.train()
-    with tqdm(total=steps, desc=f"Training {name}", unit="step") as bar:
-        for step in range(steps):
-            # Flips and RoIs of a step depend on seed, stage and step alone, so both classifiers
-            # of stage two see the same ones, whatever else they draw.
-            torch.manual_seed((args.seed * 10 + stage) * 1_000_003 + step)
-            images, targets = next(data)
-            losses = model(
-                [image.to(device) for image in images],
-                [{key: to_device(value, device) for key, value in t.items()} for t in targets],
-            )
-            loss = sum(losses.values())
-            value = loss.item()
-            if not math.isfinite(value):
-                parts = ", ".join(f"{key} {part.item():g}" for key, part in losses.items())
-                raise FloatingPointError(
-                    f"Training {name} diverged at step {step + 1} ({parts}); try a lower --lr"
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-            optimizer.step()
-            schedule.step()
-            bar.update()
-            bar.set_postfix(loss=f"{value:.3f}", refresh=False)
-
-
-def check_frozen(before: nn.Module, after: nn.Module) -> None:
-    """Check that stage two changed nothing but the classifier, running statistics included."""
-    old, new = (
-        {key: value for key, value in m.state_dict().items() if not key.startswith(CLASSIFIER)}
-        for m in (before, after)
-    )
-    changed = sorted(old.keys() ^ new.keys())
-    changed += [key for key in old.keys() & new.keys() if not torch.equal(old[key], new[key])]
-    if changed:
-        raise RuntimeError(f"Stage two changed frozen entries: {', '.join(changed)}")
-
-
-# --- evaluation and results ---------------------------------------------------------------------
-
-
-def with_same_postprocessing(model: nn.Module) -> nn.Module:
-    """Return a plain detector with the post-processing that a converted one has.
-
-    Its detections are those of torchvision, in a small part of the time: torchvision takes seconds
-    for an image at LVIS's 1203 categories and a score threshold of 0.
-    """
-    classifier = model.get_submodule(CLASSIFIER.rstrip("."))
-    if type(classifier) is not nn.Linear:
-        return model
-    return convert_classifier(model, SoftmaxClassifier.from_linear(classifier), inplace=False)
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, data: Data, args: argparse.Namespace, name: str) -> Metrics:
-    device = next(model.parameters()).device
-    model = with_same_postprocessing(model)
-    loader = DataLoader(data.val, args.batch_size, collate_fn=collate, num_workers=args.num_workers)
-    model.eval()
-    results: list[dict[str, Any]] = []
-    for images, targets in tqdm(loader, desc=f"Evaluating {name}", unit="batch"):
-        outputs = model([image.to(device) for image in images])
-        for target, output in zip(targets, outputs, strict=True):
-            results += as_results(target["image_id"], output, data.val.category_ids)
-    return evaluate_boxes(
-        data.val_annotations, results, groups=data.groups, frequencies=data.frequencies
-    )
-
-
-@torch.inference_mode()
-def draw(
-    folder: Path, models: dict[str, nn.Module], metrics: dict[str, Metrics], data: Data
-) -> None:
-    groups = data.groups
-    figures.save(
-        figures.plot_ap_per_group(metrics, list(groups), [len(ids) for ids in groups.values()]),
-        folder / "ap_per_group.png",
-    )
-    norms = {
-        "softmax": category_norms(models["softmax"], range(1, data.layout.num_labels)),
-        "bags": category_norms(models["bags"], data.layout.tables().category_columns.tolist()),
-    }
-    figures.save(
-        figures.plot_weight_norms(norms, data.counts, data.layout.groups),
-        folder / "weight_norms.png",
-    )
-
-    # The first validation images with two rare objects, not those where one method looks well.
-    rare = [data.frequencies[i] == "r" for i in data.val.category_ids]
-    num_rare = [sum(rare[j - 1] for j in data.val.labels(i)) for i in range(len(data.val))]
-    chosen = sorted(range(len(data.val)), key=lambda i: -min(num_rare[i], 2))[:4]
-    items = [data.val[i] for i in chosen]
-    columns = {}
-    for name in ("softmax", "bags"):
-        model = with_same_postprocessing(models[name]).eval()
-        device = next(model.parameters()).device
-        outputs = model([image.to(device) for image, _ in items])
-        columns[figures.LABELS[name]] = [
-            {key: value.cpu() for key, value in output.items()} for output in outputs
-        ]
-    figures.save(
-        figures.plot_detections(
-            items,
-            columns,
-            [row["name"].replace("_", " ") for row in data.val.categories],
-            rare,
-        ),
-        folder / "detections.png",
-    )
-
-
-def category_norms(model: nn.Module, rows: Sequence[int]) -> Any:
-    weight = model.state_dict().get(f"{CLASSIFIER}weight")
-    if weight is None:
-        weight = model.state_dict()[f"{CLASSIFIER}fc.weight"]
-    return weight[list(rows)].norm(dim=1).cpu().numpy()
 
 
 # --- command line -------------------------------------------------------------------------------
@@ -367,25 +411,66 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add("--config", type=Path, metavar="TOML", help="recipe (default: the demo's)")
+    add("--stage", choices=STAGES, default="compare", help="what to train (default: compare)")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="PT",
+        help="what to start from: for stage bags and continued the softmax.pt of stage softmax; "
+        "for stage softmax weights of any detector, of which is taken what fits",
+    )
     add("--output", metavar="DIR", help="new or empty run folder (default: one under runs/)")
+    add("--resume", action="store_true", help="go on in --output, from its last checkpoint")
     add("--seed", type=whole(0), default=0, help="of the drawn data and of training (default: 0)")
     data = parser.add_argument_group("your own data (default: the demo's)")
     data.add_argument("--annotations", metavar="JSON", help="training annotations, LVIS or COCO")
     data.add_argument("--images", metavar="DIR", help="folder of the training images")
     data.add_argument("--val-annotations", metavar="JSON", help="default: the training annotations")
     data.add_argument("--val-images", metavar="DIR", help="folder of the validation images")
-    recipe = parser.add_argument_group("recipe")
-    add = recipe.add_argument
-    add("--steps", type=whole(1), default=600, help="of stage one (default: 600)")
-    add("--finetune-steps", type=whole(1), default=400, help="of stage two (default: 400)")
-    add("--batch-size", type=whole(1), default=8, help="images in a step (default: 8)")
-    add("--lr", type=positive, default=2e-3, help="of stage one, AdamW (default: 0.002)")
-    add("--finetune-lr", type=positive, default=5e-3, help="of stage two, SGD (default: 0.005)")
-    add("--others-ratio", type=ratio, default=8.0, help="others per foreground (default: 8)")
-    add("--image-size", type=whole(32), default=128, help="shorter side, pixels (default: 128)")
+    data.add_argument(
+        "--skip-broken", action="store_true", help="go past images that cannot be read; list them"
+    )
+    work = parser.add_argument_group("running")
+    add = work.add_argument
+    add("--device", help="such as cuda:1 or cpu (default: a GPU if there is one)")
     add("--num-workers", type=whole(0), default=0, help="processes that load images (default: 0)")
-    parser.add_argument("--device", help="such as cuda:1 or cpu (default: a GPU if there is one)")
+    add("--save-every", type=whole(1), default=500, metavar="STEPS", help="default: 500")
+    add(
+        "--evaluate-every",
+        type=whole(0),
+        default=0,
+        metavar="EPOCHS",
+        help="evaluate during training too (default: 0, at the end only)",
+    )
+    add("--tensorboard", action="store_true", help="log losses for TensorBoard")
+    add_options(parser)
     return parser.parse_args(argv)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check what does not need the data.
+
+    Raises:
+        OSError: The configuration cannot be read.
+        ValueError: Arguments do not go together, or an option has a bad value.
+    """
+    recipes_of(read_options(args.config or DEMO), given_options(args))
+    if args.resume and not args.output:
+        raise ValueError("Expected `--output` with `--resume`, got none")
+    if args.stage in ("continued", "bags") and not args.checkpoint:
+        raise ValueError(
+            f"Expected `--checkpoint` with `--stage {args.stage}`, a softmax detector to start from"
+        )
+
+
+def run_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that are not the recipe's, as far as they were given."""
+    return {
+        key: str(value) if isinstance(value, Path) else value
+        for key, value in vars(args).items()
+        if "." not in key and value is not None
+    }
 
 
 def whole(least: int, most: int = 2**31) -> Any:
@@ -399,46 +484,20 @@ def whole(least: int, most: int = 2**31) -> Any:
     return parse
 
 
-def positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"Expected a positive number, got {text}")
-    return value
-
-
-def ratio(text: str) -> float:
-    value = float(text)
-    if not value >= 0:  # NaN is not
-        raise argparse.ArgumentTypeError(f"Expected a number >= 0 or inf, got {text}")
-    return value
-
-
-def find_device(name: str | None) -> torch.device:
-    """Return the named device, or a GPU if there is one."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"Expected `--device` to be usable, got {name!r}: {reason}") from None
-    return device
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
 def fail(error: BaseException, folder: Path | None) -> int:
     """Tell the error in a line; remove the run folder, unless something is in it."""
     text = " ".join(str(error).split())
-    if folder is not None:
+    if folder is not None and distributed.is_first():
+        if [path.name for path in folder.iterdir()] == [EFFECTIVE]:
+            (folder / EFFECTIVE).unlink()
         with contextlib.suppress(OSError):
             folder.rmdir()
         if folder.is_dir():
             kept = ", ".join(sorted(path.name for path in folder.iterdir()))
-            text += f" ({folder} keeps {kept}; remove it or give another `--output` to start again)"
+            text += (
+                f" ({folder} keeps {kept}; go on with `--resume`, or remove it or give another "
+                "`--output` to start again)"
+            )
     print(f"error: {text}", file=sys.stderr)
     return 2
 

@@ -20,9 +20,14 @@ import figures
 import lvis_demo_data
 import official_lvis
 import run_folder
+import stages
 import summarise_runs
 import torchvision_lvis_train as example
+from checkpoints import Checkpoint
+from detectors import CLASSIFIER, make_detector, with_same_postprocessing
+from lvis_evaluation import FIXED
 from PIL import Image
+from recipe import Recipe
 from render_annotations import render
 from run_folder import make_run_folder, write_text
 
@@ -35,9 +40,9 @@ FEW = [
     lvis_demo_data.Category("disc", "blue", 12),
     lvis_demo_data.Category("bar", "cyan", 2),
 ]
-SHORT = ["--steps", "2", "--finetune-steps", "2", "--batch-size", "2"]
+SHORT = ["--steps", "2", "--batch-size", "2"]
 FILES = {
-    *("metrics.json", "run.json", "table.md", "layout.json"),
+    *("metrics.json", "run.json", "table.md", "layout.json", "recipe.toml"),
     *("softmax.pt", "softmax_continued.pt", "bags.pt"),
     *("ap_per_group.png", "weight_norms.png", "detections.png"),
 }
@@ -61,6 +66,11 @@ def own_data(folder: Path, split: str = "train") -> list[str]:
     return [text for name, path in zip(names, paths, strict=True) for text in (name, str(path))]
 
 
+def state_of(run: Path, name: str) -> dict[str, torch.Tensor]:
+    """The weights in a finished checkpoint."""
+    return Checkpoint.load(run / f"{name}.pt").model
+
+
 @pytest.fixture(scope="module")
 def finished(few, tmp_path_factory) -> Path:
     """The run folder of a run without data arguments, on fewer and smaller data."""
@@ -76,7 +86,7 @@ def test_run_folder_holds_all_results_and_nothing_else(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
     assert list(metrics) == ["softmax", "softmax_continued", "bags"]
     for values in metrics.values():
-        assert values.keys() == KEYS | {"AP_0_10", "AP_10_100"}
+        assert values.keys() == KEYS | {"AP_0_10", "AP_10_100", *FIXED}
         assert all(value is None or 0 <= value <= 100 for value in values.values())
     for name in ("ap_per_group.png", "weight_norms.png", "detections.png"):
         with Image.open(finished / name) as picture:
@@ -85,23 +95,22 @@ def test_run_folder_holds_all_results_and_nothing_else(finished):
     assert len({line.count("|") for line in lines}) == 1
     assert len(lines) == 5
     settings = json.loads((finished / "run.json").read_text())
-    assert (settings["seed"], settings["steps"], settings["others_ratio"]) == (0, 2, 8.0)
+    assert (settings["seed"], settings["stage"]) == (0, "compare")
+    assert settings["versions"]["torch"] == torch.__version__
 
 
 def test_layout_is_that_of_the_training_counts_and_of_the_checkpoint(finished):
     counts = category_counts(finished / "data" / "train.json")
     layout = GroupLayout.from_counts(counts, category_ids=[1, 2, 3])
     assert GroupLayout.load(finished / "layout.json") == layout
-    state = torch.load(finished / "bags.pt", weights_only=True)
-    assert GroupLayout.from_state_dict(state, prefix=example.CLASSIFIER) == layout
+    assert GroupLayout.from_state_dict(state_of(finished, "bags"), prefix=CLASSIFIER) == layout
 
 
 @pytest.mark.parametrize("name", ["softmax_continued", "bags"])
 def test_stage_two_changes_the_classifier_alone(finished, name):
-    before = torch.load(finished / "softmax.pt", weights_only=True)
-    after = torch.load(finished / f"{name}.pt", weights_only=True)
-    rest = {key for key in before if not key.startswith(example.CLASSIFIER)}
-    assert rest == {key for key in after if not key.startswith(example.CLASSIFIER)}
+    before, after = state_of(finished, "softmax"), state_of(finished, name)
+    rest = {key for key in before if not key.startswith(CLASSIFIER)}
+    assert rest == {key for key in after if not key.startswith(CLASSIFIER)}
     assert any("running_mean" in key for key in rest)
     for key in rest:
         assert before[key].equal(after[key]), key
@@ -109,45 +118,17 @@ def test_stage_two_changes_the_classifier_alone(finished, name):
 
 def test_stage_two_changes_the_classifier(finished):
     before, after = (
-        torch.load(finished / f"{name}.pt", weights_only=True)[f"{example.CLASSIFIER}weight"]
-        for name in ("softmax", "softmax_continued")
+        state_of(finished, name)[f"{CLASSIFIER}weight"] for name in ("softmax", "softmax_continued")
     )
     assert not before.equal(after)
 
 
 def test_frozen_entries_that_change_are_an_error():
     before, after = (torch.nn.BatchNorm1d(2) for _ in range(2))
-    example.check_frozen(before, after)
+    stages.check_frozen(before.state_dict(), after.state_dict())
     after(torch.randn(3, 2))
     with pytest.raises(RuntimeError, match="running_mean"):
-        example.check_frozen(before, after)
-
-
-def test_both_classifiers_of_stage_two_see_the_same_batches_and_rois(few, monkeypatch):
-    seen: list[list[Any]] = []
-
-    class Recorder(torch.nn.Module):
-        def __init__(self, draws: int) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(()))
-            self.draws = draws
-            seen.append([])
-
-        def forward(self, images, targets):
-            seen[-1] += [image.sum().item() for image in images] + [torch.rand(()).item()]
-            torch.rand(self.draws)  # as one loss may draw more than the other
-            return {"loss": self.weight * 1}
-
-    args = example.parse_arguments(["--batch-size", "2"])
-    data = example.LVISDetection(
-        few / "train.json", few / "train", transforms=example.make_transforms(flip=0.5)
-    )
-    for draws in (0, 5):
-        model = Recorder(draws)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        example.train(model, optimizer, data, args, steps=9, stage=2, name="recorder")
-    assert seen[0] == seen[1]
-    assert len(set(seen[0])) > 9
+        stages.check_frozen(before.state_dict(), after.state_dict())
 
 
 def test_same_seed_same_weights(few, tmp_path):
@@ -155,7 +136,7 @@ def test_same_seed_same_weights(few, tmp_path):
     for name in ("a", "b"):
         arguments = [*SHORT, *own_data(few), "--output", str(tmp_path / name)]
         assert example.main(arguments) == 0
-        states.append(torch.load(tmp_path / name / "bags.pt", weights_only=True))
+        states.append(state_of(tmp_path / name, "bags"))
     for key, value in states[0].items():
         assert value.equal(states[1][key]), key
 
@@ -165,16 +146,15 @@ def test_real_annotations_with_rendered_images(lvis_data, tmp_path, capsys):
     render(path, tmp_path / "images")
     arguments = ["--annotations", str(path), "--images", str(tmp_path / "images")]
     run = tmp_path / "run"
-    assert example.main([*SHORT, *arguments, "--image-size", "96", "--output", str(run)]) == 0
+    assert example.main([*SHORT, *arguments, "--short-sides", "96", "--output", str(run)]) == 0
     assert {entry.name for entry in run.iterdir()} == FILES
     printed = capsys.readouterr().out
     assert "No --val-annotations: evaluating on the training images." in printed
     assert "1230 categories" in printed
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["bags"]["AP"] is not None
-    state = torch.load(run / "bags.pt", weights_only=True)
     layout = GroupLayout.load(run / "layout.json")
-    assert state[f"{example.CLASSIFIER}fc.weight"].shape[0] == layout.num_logits
+    assert state_of(run, "bags")[f"{CLASSIFIER}fc.weight"].shape[0] == layout.num_logits
 
 
 def coco(few: Path, folder: Path) -> Path:
@@ -295,13 +275,14 @@ def test_what_a_failed_run_keeps_is_told(few, tmp_path, monkeypatch, capsys):
         raise FloatingPointError("stopped")
 
     monkeypatch.setattr(lvis_demo_data, "demo_categories", lambda: FEW)
-    monkeypatch.setattr(example, "train", stop)
+    monkeypatch.setattr(stages, "train", stop)
     run = tmp_path / "run"
     line = fails(["--output", str(run)], capsys)
     assert line == (
-        f"error: stopped ({run} keeps data; remove it or give another `--output` to start again)"
+        f"error: stopped ({run} keeps data, recipe.toml; go on with `--resume`, or remove it or "
+        "give another `--output` to start again)"
     )
-    assert [path.name for path in run.iterdir()] == ["data"]
+    assert {path.name for path in run.iterdir()} == {"data", "recipe.toml"}
 
 
 def test_an_output_that_is_a_file(few, tmp_path, capsys):
@@ -403,7 +384,7 @@ def test_a_bad_mask_ends_the_script_with_one_line(few, tmp_path):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("how", ["corrupt", "bomb"])
 def test_bad_validation_images_are_told_before_training(few, tmp_path, monkeypatch, capsys, how):
-    monkeypatch.setattr(example, "train", None)
+    monkeypatch.setattr(stages, "train", None)
     shutil.copytree(few, tmp_path / "data")
     path = sorted((tmp_path / "data" / "val").iterdir())[-1]
     if how == "corrupt":
@@ -423,27 +404,39 @@ def test_bad_validation_images_are_told_before_training(few, tmp_path, monkeypat
     [
         ["--steps", "0"],
         ["--seed", "9" * 30],
-        ["--lr", "nan"],
-        ["--lr", "-1"],
+        ["--learning-rate", "nan"],
+        ["--learning-rate", "-1"],
         ["--others-ratio", "nan"],
-        ["--others-ratio", "-1"],
-        ["--batch-size", "two"],
+        ["--bags.others-ratio", "-1"],
+        ["--thresholds", "10", "10"],
+        ["--short-sides", "8"],
+        ["--backbone", "resnet1"],
     ],
     ids=str,
 )
-def test_bad_options(option, capsys):
+def test_bad_options(few, tmp_path, option, capsys):
+    line = fails([*own_data(few), *option, "--output", str(tmp_path / "run")], capsys)
+    name = option[0].removeprefix("--").rpartition(".")[2].replace("-", "_")
+    assert f"`{name}`" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "option", [["--seed", "9" * 30], ["--batch-size", "two"], ["--optimizer", "lion"]], ids=str
+)
+def test_options_that_the_parser_refuses(option, capsys):
     with pytest.raises(SystemExit) as stop:
         example.main(option)
     assert stop.value.code == 2
     assert option[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("text", "stated"), [("0", 0.0), ("inf", "inf")])
-def test_others_ratio_may_be_zero_or_infinite(few, tmp_path, text, stated):
+@pytest.mark.parametrize("text", ["0", "inf"])
+def test_others_ratio_may_be_zero_or_infinite(few, tmp_path, text):
     run = tmp_path / "run"
     arguments = [*own_data(few), "--others-ratio", text, "--output", str(run)]
     assert example.main([*SHORT, *arguments]) == 0
-    assert json.loads((run / "run.json").read_text())["others_ratio"] == stated
+    assert Checkpoint.load(run / "bags.pt").recipe.others_ratio == float(text)
 
 
 def test_boxes_that_are_left_out_are_printed(few, tmp_path, monkeypatch, capsys):
@@ -455,7 +448,7 @@ def test_boxes_that_are_left_out_are_printed(few, tmp_path, monkeypatch, capsys)
         del row["instance_count"]
     path = tmp_path / "thin.json"
     path.write_text(json.dumps(data))
-    monkeypatch.setattr(example, "train", None)  # fails after the description
+    monkeypatch.setattr(stages, "train", None)  # fails after the description
     arguments = ["--annotations", str(path), "--images", str(few / "train")]
     with pytest.raises(TypeError):
         example.main([*arguments, "--output", str(tmp_path / "run")])
@@ -464,7 +457,15 @@ def test_boxes_that_are_left_out_are_printed(few, tmp_path, monkeypatch, capsys)
 
 
 def test_divergence_is_told_in_a_line(few, tmp_path, capsys):
-    arguments = [*own_data(few), "--steps", "20", "--lr", "1e30", "--output", str(tmp_path / "run")]
+    arguments = [
+        *own_data(few),
+        "--steps",
+        "20",
+        "--learning-rate",
+        "1e30",
+        "--output",
+        str(tmp_path / "run"),
+    ]
     assert "diverged at step" in fails(arguments, capsys)
 
 
@@ -473,12 +474,12 @@ def test_divergence_is_told_in_a_line(few, tmp_path, capsys):
 
 def test_softmax_is_evaluated_on_the_detections_of_torchvision():
     torch.manual_seed(0)
-    model = example.small_faster_rcnn(5, 64).eval()
+    model = make_detector(Recipe(backbone="small", short_sides=(64,), long_side=128), 5).eval()
     torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.5)
     model.roi_heads.score_thresh = 0.05
     images = [torch.rand(3, 64, 80), torch.rand(3, 70, 64)]
     with torch.inference_mode():
-        plain, converted = model(images), example.with_same_postprocessing(model)(images)
+        plain, converted = model(images), with_same_postprocessing(model)(images)
     for wanted, got in zip(plain, converted, strict=True):
         assert len(wanted["boxes"]) > 10
         for key, value in wanted.items():

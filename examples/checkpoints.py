@@ -1,0 +1,128 @@
+"""Checkpoints: what training goes on from, and what a trained detector is for everyone else.
+
+One file format for both. It holds the recipe, what is known of the categories, and the weights,
+and while training goes on the optimiser's state and the place in the data; so it needs neither the
+configuration nor the annotations again. Files are read with `weights_only=True`: no code is run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectors import make_detector
+from recipe import Recipe
+from run_folder import write
+from torchvision.models.detection import FasterRCNN
+
+from balanced_group_softmax import GroupLayout
+from balanced_group_softmax.adapters.torchvision import convert_to_bags
+
+FORMAT = "balanced-group-softmax torchvision example 1"
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Categories:
+    """The categories of the training data, in ascending order of id."""
+
+    ids: tuple[int, ...]
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    """Training instances."""
+    frequencies: str
+    """A letter each: r, c or f."""
+
+    def layout(self, thresholds: Sequence[int]) -> GroupLayout:
+        """Return the groups."""
+        return GroupLayout.from_counts(
+            self.counts, thresholds=tuple(thresholds), category_ids=self.ids
+        )
+
+
+@dataclass
+class Checkpoint:
+    """A detector in training, or after it."""
+
+    stage: str
+    recipe: Recipe
+    categories: Categories
+    model: State
+    training: State | None = None
+    """Optimiser, scaler, running mean and place in the data; None when training is over."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file under a temporary name, to the disk, and move it."""
+        content = {
+            "format": FORMAT,
+            "stage": self.stage,
+            "recipe": self.recipe.to_toml(),
+            "categories": asdict(self.categories),
+            "model": self.model,
+            "training": self.training,
+        }
+
+        def save_to_disk(partial: Path) -> None:
+            with partial.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+
+        write(Path(path), save_to_disk)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Checkpoint:
+        """Read a file.
+
+        Raises:
+            OSError: It cannot be read.
+            ValueError: It is not such a file, or is damaged.
+        """
+        content = read_state(path)
+        if content.get("format") != FORMAT:
+            raise ValueError(
+                f"{path}: Expected a checkpoint of this example, got a file with "
+                f"{', '.join(map(str, list(content)[:3])) or 'nothing'}"
+            )
+        return cls(
+            content["stage"],
+            Recipe.from_toml(content["recipe"]),
+            Categories(**content["categories"]),
+            content["model"],
+            content["training"],
+        )
+
+    def make_model(self) -> FasterRCNN:
+        """Build the detector with its weights, on the CPU."""
+        recipe = dataclasses.replace(self.recipe, weights="none")  # downloads nothing
+        model = make_detector(recipe, len(self.categories.ids))
+        if self.stage == "bags":
+            layout = self.categories.layout(recipe.thresholds)
+            model = convert_to_bags(model, layout, recipe.others_ratio)
+        model.load_state_dict(self.model)
+        return model
+
+
+def read_state(path: str | os.PathLike[str]) -> State:
+    """Read a dict that torch saved, running no code of it.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is something else, or damaged.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: Expected a file of torch.save, got {reason}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: Expected a dict, got {type(content).__name__}")
+    return content

@@ -1,0 +1,342 @@
+"""All that decides how a detector is trained: options with their defaults, from TOML and argv.
+
+A configuration file holds options, and tables of options that hold for one stage alone:
+
+    detector = "faster_rcnn"
+    backbone = "resnet50"
+
+    [softmax]
+    weights = "imagenet"
+
+    [bags]
+    learning_rate = 0.01
+
+Every option is on the command line too, `--backbone resnet50` for all stages and
+`--bags.learning-rate 0.01` for one, and wins over the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+STAGES = ("softmax", "bags")
+"""Stage one, the whole detector with plain softmax; stage two, from there."""
+REFERENCE_BATCH = 16
+"""Images a step that learning rates are stated for, as in the original's schedules."""
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float = -math.inf,
+) -> Any:
+    """A field of a recipe: its default, its help, and what values its numbers may have."""
+    limits = {"least": least, "most": most, "above": above}
+    return dataclasses.field(default=default, metadata={"help": text, **limits})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options of one stage. Defaults are those of the paper's Faster R-CNN."""
+
+    # The detector.
+    detector: Literal["faster_rcnn", "mask_rcnn"] = option("faster_rcnn", "kind of detector")
+    backbone: str = option("resnet50", "small, or a ResNet of torchvision such as resnext101_64x4d")
+    weights: Literal["none", "imagenet", "coco"] = option(
+        "none", "of the start, downloaded by torchvision: of the backbone, or of a detector"
+    )
+    norm: Literal["frozen", "batch"] = option(
+        "frozen", "normalisation of a ResNet: with fixed statistics, or with those of the batch"
+    )
+    trainable_layers: int = option(
+        3, "stages of a ResNet that train, from the last one on", least=0, most=5
+    )
+    box_regression: Literal["category", "shared"] = option(
+        "category", "deltas for each category, or for all the same"
+    )
+    rois_per_image: int = option(512, "that the box head trains on", least=1)
+    foreground_share: float = option(0.25, "of these at most", above=0, most=1)
+
+    # Images.
+    short_sides: tuple[int, ...] = option(
+        (800,), "pixels; training draws one of them, evaluation takes the last", least=32
+    )
+    long_side: int = option(1333, "pixels, at most", least=32)
+    flip: float = option(0.5, "probability of a horizontal flip", least=0, most=1)
+
+    # Stage two.
+    train: Literal["classifier", "box_head", "box_and_mask_heads", "all"] = option(
+        "all", "which part trains"
+    )
+    others_ratio: float = option(8.0, "others for each foreground RoI of a group", least=0)
+    thresholds: tuple[int, ...] = option(
+        (10, 100, 1000), "training instances at which the next group begins", least=1
+    )
+
+    # Steps.
+    batch_size: int = option(2, "images of a process and a batch", least=1)
+    accumulate: int = option(1, "batches of a step", least=1)
+    epochs: float = option(12.0, "times through the training images", above=0)
+    steps: int = option(0, "steps in place of epochs, if not 0", least=0)
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "how weights move")
+    learning_rate: float = option(0.02, "for 16 images a step; scaled to what there are", above=0)
+    scale_learning_rate: bool = option(True, "scale it to the images of a step")
+    momentum: float = option(0.9, "of SGD", least=0, most=1)
+    weight_decay: float = option(1e-4, "of every weight", least=0)
+    schedule: Literal["step", "cosine"] = option("step", "how the learning rate falls")
+    milestones: tuple[float, ...] = option(
+        (8 / 12, 11 / 12), "parts of training after which it falls to a tenth", above=0, most=1
+    )
+    warmup_steps: int = option(500, "until the learning rate is whole", least=0)
+    warmup_start: float = option(1 / 3, "part of it that warm-up begins with", above=0, most=1)
+    max_gradient_norm: float = option(35.0, "gradients are clipped to it; 0: not", least=0)
+    ema: float = option(0.0, "decay of a running mean of the weights; 0: none", least=0, most=1)
+    sampler: Literal["shuffle", "repeat_factor"] = option("shuffle", "which images make an epoch")
+    repeat_threshold: float = option(
+        1e-3, "share of images below which a category repeats", above=0
+    )
+    aspect_groups: bool = option(True, "batches of either wide or tall images")
+
+    # Arithmetic.
+    amp: Literal["off", "bfloat16", "float16"] = option("off", "automatic mixed precision")
+    channels_last: bool = option(False, "memory format of images and convolutions")
+    compile: bool = option(False, "torch.compile the backbone")
+
+    # Detections.
+    score_threshold: float = option(0.0, "detections below are dropped", least=0, most=1)
+    nms_threshold: float = option(0.5, "IoU of detections of a category", least=0, most=1)
+    detections_per_image: int = option(300, "at most", least=1)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = checked(field, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        if list(self.thresholds) != sorted(set(self.thresholds)):
+            raise ValueError(f"Expected `thresholds` that ascend, got {list(self.thresholds)}")
+        if not self.short_sides:
+            raise ValueError("Expected `short_sides` to hold a length, got none")
+        if max(self.short_sides) > self.long_side:
+            raise ValueError(
+                f"Expected `long_side` of at least {max(self.short_sides)}, the largest of "
+                f"`short_sides`, got {self.long_side}"
+            )
+        if self.weights == "coco" and self.backbone != "resnet50":
+            raise ValueError(
+                "Expected `backbone` resnet50 with `weights` coco, the only one that torchvision "
+                f"has detectors of, got {self.backbone}"
+            )
+        if self.backbone == "small" and self.weights != "none":
+            raise ValueError(f"Expected `weights` none with `backbone` small, got {self.weights}")
+
+    def to_toml(self) -> str:
+        """All options as text that `from_toml` reads."""
+        return tomli_w.dumps(self._values())
+
+    def _values(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+
+    @classmethod
+    def from_toml(cls, text: str) -> Recipe:
+        """Read what `to_toml` wrote."""
+        return cls(**tomllib.loads(text))
+
+
+ARCHITECTURE = ("detector", "backbone", "norm", "box_regression")
+"""Options that decide what weights a detector has; a checkpoint brings its own."""
+FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
+TYPES: dict[str, Any] = typing.get_type_hints(Recipe)
+
+
+def checked(field: dataclasses.Field[Any], value: Any) -> Any:
+    """The value of an option in the type of its field.
+
+    Raises:
+        ValueError: It is of another type, not among the choices, or out of range.
+    """
+    kind = TYPES[field.name]
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"Expected `{field.name}` to be a list, got {value!r}")
+        return tuple(_scalar(field, typing.get_args(kind)[0], each) for each in value)
+    return _scalar(field, kind, value)
+
+
+def _scalar(field: dataclasses.Field[Any], kind: Any, value: Any) -> Any:
+    name = field.name
+    choices = typing.get_args(kind)
+    if choices:
+        if value not in choices:
+            raise ValueError(f"Expected `{name}` to be one of {', '.join(choices)}, got {value!r}")
+        return value
+    fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        word = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false"}
+        raise ValueError(f"Expected `{name}` to be {word[kind.__name__]}, got {value!r}")
+    if kind in (int, float):
+        limits = field.metadata
+        # A NaN fails each comparison.
+        if not (limits["least"] <= value <= limits["most"] and value > limits["above"]):
+            raise ValueError(f"Expected `{name}` {_range(limits)}, got {value}")
+    return kind(value)
+
+
+def _range(limits: Mapping[str, Any]) -> str:
+    words = [
+        f"{word} {limits[key]:g}"
+        for key, word in (("above", "above"), ("least", "of at least"), ("most", "at most"))
+        if math.isfinite(limits[key])
+    ]
+    return " and ".join(words) or "a number"
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def read_options(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """Return what a configuration file says: options for all stages under "", then by stage.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not TOML, or has an unknown option or table.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: Expected TOML, got an error: {error}") from None
+    options: dict[str, dict[str, Any]] = {"": {}, **{stage: {} for stage in STAGES}}
+    for key, value in content.items():
+        table, values = (key, value) if isinstance(value, dict) else ("", {key: value})
+        if table not in options:
+            raise ValueError(f"{path}: Expected tables {', '.join(STAGES)}, got [{table}]")
+        for name in values:
+            if name not in FIELDS:
+                where = f" in [{table}]" if table else ""
+                raise ValueError(f"{path}: Expected options that exist, got {name!r}{where}")
+        options[table].update(values)
+    return options
+
+
+def recipes_of(*sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Recipe]:
+    """Return the recipe of each stage; later sources win, and a stage's own option wins in each."""
+    made = {}
+    for stage in STAGES:
+        values: dict[str, Any] = {}
+        for source in sources:
+            values.update(source.get("", {}))
+            values.update(source.get(stage, {}))
+        made[stage] = Recipe(**values)
+    return made
+
+
+def run_toml(recipes: Mapping[str, Recipe], run: Mapping[str, Any]) -> str:
+    """Return all options of a run: a configuration file, with a comment on the other arguments."""
+    values = {stage: recipe._values() for stage, recipe in recipes.items()}
+    same = {
+        name: value
+        for name, value in values[STAGES[0]].items()
+        if all(values[stage][name] == value for stage in STAGES)
+    }
+    own: dict[str, Any] = {
+        stage: {name: value for name, value in values[stage].items() if name not in same}
+        for stage in STAGES
+    }
+    comment = "".join(f"# {key} = {value}\n" for key, value in run.items())
+    return f"{comment}{tomli_w.dumps(same)}\n{tomli_w.dumps(own)}"
+
+
+# --- command line -----------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give a parser every option, for all stages and, unlisted, for one."""
+    group = parser.add_argument_group(
+        "recipe",
+        "for all stages; for one of them with its name, such as --bags.learning-rate. Defaults "
+        "are those of the configuration file, or these",
+    )
+    for name, field in FIELDS.items():
+        for stage in ("", *STAGES):
+            flag = "--" + ".".join(filter(None, [stage, name.replace("_", "-")]))
+            group.add_argument(
+                flag,
+                dest=f"{stage}.{name}",
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS if stage else _help(name, field),
+                **_argument(name),
+            )
+
+
+def given_options(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the options that were given, as `read_options` does."""
+    options: dict[str, dict[str, Any]] = {"": {}, **{stage: {} for stage in STAGES}}
+    for key, value in vars(arguments).items():
+        stage, dot, name = key.partition(".")
+        if dot:
+            options[stage][name] = value
+    return options
+
+
+def _argument(name: str) -> dict[str, Any]:
+    kind = TYPES[name]
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is tuple:
+        return {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "N"}
+    if typing.get_args(kind):
+        return {"choices": typing.get_args(kind)}
+    return {"type": kind, "metavar": kind.__name__.upper()}
+
+
+def _help(name: str, field: dataclasses.Field[Any]) -> str:
+    default = field.default
+    shown = " ".join(f"{v:g}" for v in default) if isinstance(default, tuple) else str(default)
+    return f"{field.metadata['help']} (default: {shown})".replace("%", "%%")
+
+
+def images_a_step(recipe: Recipe, world_size: int) -> int:
+    """Return how many images a step takes, over all processes."""
+    return recipe.batch_size * recipe.accumulate * world_size
+
+
+def scaled_learning_rate(recipe: Recipe, world_size: int) -> float:
+    """Return the learning rate for the images that a step takes."""
+    if not recipe.scale_learning_rate:
+        return recipe.learning_rate
+    return recipe.learning_rate * images_a_step(recipe, world_size) / REFERENCE_BATCH
+
+
+def learning_rate_factor(recipe: Recipe, step: int, steps: int) -> float:
+    """Return the part of the learning rate that a step has.
+
+    Args:
+        recipe: The schedule.
+        step: Counted from 0.
+        steps: All there will be.
+    """
+    warm = 1.0
+    if step < recipe.warmup_steps:
+        warm = recipe.warmup_start + (1 - recipe.warmup_start) * step / recipe.warmup_steps
+    if recipe.schedule == "cosine":
+        return warm * (1 + math.cos(math.pi * step / steps)) / 2
+    fallen = sum(step >= round(part * steps) for part in recipe.milestones)
+    return warm * 0.1**fallen
