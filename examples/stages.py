@@ -16,6 +16,14 @@ import distributed
 import torch
 from checkpoints import Checkpoint, State, read_state
 from detectors import CLASSIFIER, load_what_fits, make_detector
+from feature_cache import (
+    PREDICTOR,
+    CachedBatches,
+    CachedClassifier,
+    FeatureCache,
+    contents_of,
+    fill,
+)
 from loading import TrainingBatches, epoch_batches, steps_of
 from recipe import ARCHITECTURE, Recipe
 from run_data import Data
@@ -52,6 +60,9 @@ class Setting:
     """What was wrong with images."""
     start: Checkpoint | None = None
     """What the first training starts from."""
+    cache: Path | None = None
+    """Where stage two keeps the features that it trains from; None to run the detector."""
+    cache_draws: int = 1
 
     def recipe(self, name: str) -> Recipe:
         """Return the recipe of a training."""
@@ -92,6 +103,8 @@ def run_stage(setting: Setting, name: str, start: Checkpoint | None) -> Checkpoi
     model.to(setting.device)
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)
+    if recipe.compile:
+        model.backbone.compile(dynamic=True)
     if name == SOFTMAX:
         parameters = [p for p in model.parameters() if p.requires_grad]
     else:
@@ -107,7 +120,12 @@ def run_stage(setting: Setting, name: str, start: Checkpoint | None) -> Checkpoi
             content({**state, **identity}).save(partial)
 
     training = None if resumed is None else resumed.training
-    job, batches = make_job(setting, name, recipe, model, parameters, save)
+    trained: nn.Module = model
+    cache = None
+    if start is not None and name != SOFTMAX and setting.cache is not None:
+        cache = filled_cache(setting, start, recipe)
+        trained = CachedClassifier(model.get_submodule(PREDICTOR))
+    job, batches = make_job(setting, name, recipe, trained, parameters, save, cache)
     job.log = setting.logger(name, 0 if training is None else training["step"])
     train(job, training)
     for part in distributed.gathered(batches.broken):
@@ -129,7 +147,8 @@ def make_job(
     model: nn.Module,
     parameters: list[nn.Parameter],
     save: Callable[[State], None],
-) -> tuple[Job, TrainingBatches]:
+    cache: FeatureCache | None,
+) -> tuple[Job, TrainingBatches | CachedBatches]:
     """Return a training and where its batches come from."""
     number = STAGE_NUMBER[name]
     order = epoch_batches(
@@ -139,12 +158,16 @@ def make_job(
         num_replicas=distributed.world_size(),
         rank=distributed.rank(),
     )
-    batches = TrainingBatches(
-        setting.data.train,
-        order,
-        num_workers=setting.num_workers,
-        skip_broken=setting.skip_broken,
-    )
+    batches: TrainingBatches | CachedBatches
+    if cache is not None:
+        batches = CachedBatches(cache, order)
+    else:
+        batches = TrainingBatches(
+            setting.data.train,
+            order,
+            num_workers=setting.num_workers,
+            skip_broken=setting.skip_broken,
+        )
     job = Job(
         name=name,
         recipe=recipe,
@@ -159,6 +182,34 @@ def make_job(
         after_epoch=lambda epoch: setting.after_epoch(name, model, epoch),
     )
     return job, batches
+
+
+def filled_cache(setting: Setting, start: Checkpoint, recipe: Recipe) -> FeatureCache:
+    """Return the features of a softmax detector, stored as far as they are not yet.
+
+    Raises:
+        OSError: There is no room for them.
+        ValueError: More than the classifier is to train, or the folder holds something else.
+    """
+    if recipe.train != "classifier":
+        raise ValueError(
+            "Expected `train` classifier with `--cache-features`, which holds what the classifier "
+            f"reads, got {recipe.train}"
+        )
+    assert setting.cache is not None
+    model, data = start.make_model(), setting.data.train
+    contents = contents_of(model, data, recipe, draws=setting.cache_draws, seed=setting.seed)
+    cache = FeatureCache(setting.cache, contents)
+    fill(
+        cache,
+        model,
+        data,
+        recipe,
+        device=setting.device,
+        num_workers=setting.num_workers,
+        skip_broken=setting.skip_broken,
+    )
+    return cache
 
 
 def checked(checkpoint: Checkpoint, setting: Setting, recipe: Recipe, path: Path) -> Checkpoint:

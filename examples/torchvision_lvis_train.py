@@ -144,6 +144,8 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
         resume=args.resume,
         logger=lambda name, step: make_log(args, folder, name, step),
         start=start,
+        cache=args.cache_features,
+        cache_draws=args.cache_draws,
     )
     if args.evaluate_every:
         setting.after_epoch = lambda name, model, epoch: report_epoch(
@@ -442,6 +444,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0,
         metavar="EPOCHS",
         help="evaluate during training too (default: 0, at the end only)",
+    )
+    add(
+        "--cache-features",
+        type=Path,
+        metavar="DIR",
+        help="stage two: store what reaches the classifier here, and train from that",
+    )
+    add(
+        "--cache-draws",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="times that the detector runs over the data for it, with other flips and RoIs "
+        "(default: 1)",
     )
     add("--tensorboard", action="store_true", help="log losses for TensorBoard")
     add_options(parser)

@@ -69,8 +69,6 @@ def train(job: Job, resume: State | None = None) -> None:
     mean = None
     if job.recipe.ema:
         mean = AveragedModel(job.model, multi_avg_fn=get_ema_multi_avg_fn(job.recipe.ema))
-    if job.recipe.compile:
-        job.model.get_submodule("backbone").compile(dynamic=True)
     optimizer = make_optimizer(job)
     scaler = torch.amp.GradScaler(job.device.type, enabled=job.recipe.amp == "float16")
     step, place = 0, (0, 0)

@@ -402,7 +402,7 @@ def test_bad_validation_images_are_told_before_training(few, tmp_path, monkeypat
 @pytest.mark.parametrize(
     "option",
     [
-        ["--steps", "0"],
+        ["--steps", "-1"],
         ["--seed", "9" * 30],
         ["--learning-rate", "nan"],
         ["--learning-rate", "-1"],
