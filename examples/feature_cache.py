@@ -172,6 +172,7 @@ def contents_of(
     model: nn.Module, dataset: LVISDetection, recipe: Recipe, *, draws: int, seed: int
 ) -> Contents:
     """Return what the cache of a softmax detector would hold."""
+    classifier: Any = model.get_submodule(PREDICTOR)
     weights = hashlib.sha256()
     for name, value in model.state_dict().items():
         if not name.startswith(CLASSIFIER):
@@ -184,7 +185,7 @@ def contents_of(
         draws=draws,
         images=len(dataset),
         rois=recipe.rois_per_image,
-        features=model.get_submodule(PREDICTOR).in_features,
+        features=classifier.in_features,
         seed=seed,
         flip=recipe.flip,
         detector=weights.hexdigest(),
@@ -266,9 +267,9 @@ def fill(
 
 def _recording(model: nn.Module) -> tuple[nn.Module, Recorder]:
     """Return a detector that trains as stage two does, but for its classifier, and the recorder."""
-    detector = copy.deepcopy(model)
+    detector: Any = copy.deepcopy(model)
     freeze(detector, "classifier")
-    plain = detector.get_submodule(PREDICTOR)
+    plain: Any = detector.get_submodule(PREDICTOR)
     recorder = Recorder(plain.in_features, plain.out_features - 1)
     convert_classifier(detector, recorder)
     detector.roi_heads.mask_roi_pool = None  # masks are of no use here
@@ -292,7 +293,7 @@ def _seed(seed: int, draw: int, image: int) -> int:
 class CachedClassifier(nn.Module):
     """A detector's classifier that trains from features."""
 
-    def __init__(self, classifier: nn.Module) -> None:
+    def __init__(self, classifier: Any) -> None:
         super().__init__()
         self.classifier = classifier
 
