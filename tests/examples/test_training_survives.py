@@ -1,0 +1,198 @@
+"""Runs that are killed, asked to end, or run out of disk: what they leave, and how they go on."""
+
+import errno
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("lvis")
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import checkpoints
+import lvis_demo_data
+import torchvision_lvis_train as example
+from checkpoints import Checkpoint
+from pipeline_cases import assert_same_state, data_arguments, kill, run, start
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+FEW = [
+    lvis_demo_data.Category("star", "red", 30),
+    lvis_demo_data.Category("disc", "blue", 12),
+    lvis_demo_data.Category("bar", "cyan", 2),
+]
+STEPS = 12
+# All that a checkpoint has to hold: momentum, a running mean, steps of two batches, and a place in
+# the middle of an epoch of four batches.
+RECIPE = [
+    *("--steps", str(STEPS), "--batch-size", "2", "--accumulate", "2", "--ema", "0.5"),
+    *("--short-sides", "64", "--long-side", "128", "--save-every", "2", "--stage", "softmax"),
+]
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("data") / "data"
+    lvis_demo_data.write_demo_data(folder, 0, categories=FEW, val_instances=2)
+    return [*RECIPE, *data_arguments(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run([*arguments, "--output", str(folder)])
+    return folder
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    return Checkpoint.load(folder / "softmax.pt").model
+
+
+def wait_for(path: Path, process: Any, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_weights(
+    arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    again = [*arguments, "--output", str(folder), "--resume"]
+    moments = random.Random(0)
+    for _ in range(3):
+        process = start(again)
+        wait_for(folder / "softmax.training.pt", process)
+        time.sleep(moments.uniform(0, 1.5))
+        if process.poll() is None:
+            kill(process)
+        assert not (folder / "softmax.pt").exists() or Checkpoint.load(folder / "softmax.pt")
+    run(again)
+    assert_same_state(weights(folder), weights(whole))
+    left = {path.name for path in folder.iterdir()}
+    assert left == {path.name for path in whole.iterdir()}
+    assert (folder / "metrics.json").read_text() == (whole / "metrics.json").read_text()
+
+
+def test_asked_to_end_it_saves_and_ends(arguments: list[str], whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    again = [*arguments, "--output", str(folder), "--save-every", "1000"]
+    process = start(again)
+    wait_for(folder / "recipe.toml", process)
+    time.sleep(0.5)
+    status = kill(process, signal.SIGTERM)
+    partial = folder / "softmax.training.pt"
+    if status == 0:
+        pytest.skip("it had ended before the signal came")
+    if status == example.TERMINATED:
+        training = Checkpoint.load(partial).training
+        assert training is not None
+        assert 0 < training["step"] <= STEPS
+    else:  # before training began there is nothing to save
+        assert status == -signal.SIGTERM
+    run([*again, "--resume"])
+    assert_same_state(weights(folder), weights(whole))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    saved = 0
+    save = torch.save
+
+    def full(content: Any, file: Any) -> None:
+        nonlocal saved
+        saved += 1
+        if saved > 2:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file)
+
+    monkeypatch.setattr(checkpoints.torch, "save", full)
+    folder = tmp_path / "run"
+    assert example.main([*arguments, "--output", str(folder)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "No space left on device" in error
+    assert "--resume" in error
+    training = Checkpoint.load(folder / "softmax.training.pt").training
+    assert training is not None
+    assert training["step"] == 4
+    assert {path.name for path in folder.iterdir()} == {"recipe.toml", "softmax.training.pt"}
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(
+    arguments: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    folder = tmp_path / "run"
+    bad = ["--learning-rate", "1e30", "--warmup-start", "1e-38", "--warmup-steps", "5"]
+    bad += ["--max-gradient-norm", "0", "--optimizer", "sgd"]
+    assert example.main([*arguments, *bad, "--output", str(folder)]) == 2
+    assert "diverged at step" in capsys.readouterr().err
+    checkpoint = Checkpoint.load(folder / "softmax.training.pt")
+    assert all(value.isfinite().all() for value in checkpoint.model.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--flip", "0.1"], "flip was 0.5 and is 0.1"),
+        (["--seed", "3"], "seed was 0 and is 3"),
+    ],
+)
+def test_another_run_is_not_resumed(
+    arguments: list[str], tmp_path: Path, capsys: Any, changes: list[str], message: str
+) -> None:
+    folder = tmp_path / "run"
+    bad = ["--learning-rate", "1e30", "--warmup-start", "1e-38", "--warmup-steps", "5"]
+    bad += ["--max-gradient-norm", "0", "--optimizer", "sgd"]
+    assert example.main([*arguments, *bad, "--output", str(folder)]) == 2
+    before = (folder / "softmax.training.pt").read_bytes()
+    again = [*arguments, *bad, *changes, "--output", str(folder), "--resume"]
+    assert example.main(again) == 2
+    assert message in capsys.readouterr().err
+    assert (folder / "softmax.training.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "Expected a file of torch.save"),
+        (b"PK\x03\x04 cut off", "Expected a file of torch.save"),
+        ({"a": torch.zeros(1)}, "Expected a checkpoint of this example, got a file with a"),
+        ([1], "Expected a dict, got list"),
+    ],
+    ids=["empty", "cut", "state", "list"],
+)
+def test_what_is_no_checkpoint_is_told(tmp_path: Path, content: Any, message: str) -> None:
+    path = tmp_path / "x.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=message) as caught:
+        Checkpoint.load(path)
+    assert str(path) in str(caught.value)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("executed"),))
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": checkpoints.FORMAT, "model": Evil()}, "evil.pt")
+    with pytest.raises(ValueError, match=r"evil\.pt: Expected a file of torch\.save"):
+        Checkpoint.load("evil.pt")
+    assert not Path("executed").exists()
