@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from balanced_group_softmax.rebalance.repeat_factors import repeat_indices
@@ -82,21 +83,21 @@ class EpochBatches(Sampler[list[Item]]):
         self.rank = whole_number(rank, "rank")
         if self.rank >= self.num_replicas:
             raise ValueError(f"Expected `rank` in [0, {self.num_replicas}), got {rank}")
-        self._factors = np.ones(num_images)
+        self._factors = torch.ones(num_images, dtype=torch.float64)
         if factors is not None:
-            self._factors = np.array(factors, np.float64)
+            self._factors = torch.as_tensor(factors, dtype=torch.float64).detach().cpu().clone()
             check_shape(self._factors, (num_images,), "factors")
         self._upright = np.zeros(num_images, bool)
         if sizes is not None:
             width_height = np.asarray(sizes)
             check_shape(width_height, (num_images, 2), "sizes")
             self._upright = width_height[:, 1] > width_height[:, 0]
-        self._check_enough()
         self.set_epoch(0)
+        self._check_enough()
 
     def _check_enough(self) -> None:
         """Refuse what could leave a process without a batch in some epoch."""
-        fewest = np.bincount(self._upright, np.floor(self._factors), minlength=2).astype(int)
+        fewest = np.bincount(self._upright, self._factors.floor().numpy(), minlength=2).astype(int)
         if (fewest // self.batch_size).sum() < self.num_replicas:
             raise ValueError(
                 f"Expected images for at least {self.num_replicas} full batches of "
@@ -205,6 +206,6 @@ def whole_number(value: Any, name: str, *, lowest: int = 0) -> int:
     return number
 
 
-def check_shape(array: np.ndarray, shape: tuple[int, ...], name: str) -> None:
-    if array.shape != shape:
+def check_shape(array: np.ndarray | Tensor, shape: tuple[int, ...], name: str) -> None:
+    if tuple(array.shape) != shape:
         raise ValueError(f"Expected `{name}` of shape {list(shape)}, got {list(array.shape)}")

@@ -108,7 +108,8 @@ def image_repeat_factors(
         raise TypeError(f"Expected `labels` to be a sequence, got {shown(labels)}")
     factors = _as_factors(category_factors, "category_factors")
     rows = [as_int_array(row, f"labels[{i}]") for i, row in enumerate(labels)]
-    image_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    image_of = np.repeat(np.arange(len(rows)), lengths)
     values = np.concatenate([np.zeros(0, np.int64), *rows])
     first = 1 if background == "first" else 0
     bad = (values < first) | (values >= first + len(factors))

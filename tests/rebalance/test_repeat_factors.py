@@ -3,6 +3,7 @@
 import math
 import pickle
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
@@ -332,6 +333,14 @@ def test_a_loader_takes_it_and_so_does_a_pickle() -> None:
         read = torch.cat(list(loader))
         assert read.tolist() == list(sampler) == list(pickle.loads(pickle.dumps(sampler)))
         assert len(loader) == math.ceil(len(sampler) / 4)
+
+
+def test_the_code_of_the_page_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "samplers.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["by_image"].tolist() == pytest.approx([1, math.sqrt(3), 1, 1])
 
 
 # --- bad arguments -------------------------------------------------------------------------------
