@@ -360,7 +360,8 @@ def _columns(records: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, ...] | N
         numbers = np.array(scores, np.float64)
         if not np.isfinite(numbers).all():
             return None
-        return _integers(images), _integers(categories), boxes.astype(np.float64), numbers
+        columns = _integers(images), _integers(categories), boxes.astype(np.float64), numbers
+        return columns if min([*images, *categories], default=0) >= 0 else None
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
         return None
 
