@@ -100,6 +100,12 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def code(self, row: int) -> Code:
+        """Return the mask of a detection."""
+        if self.masks is None:
+            raise ValueError(f"{self.name}: Expected detections with masks, got none")
+        return self.masks[row]
+
 
 class Gatherer:
     """Collects detections into columns."""

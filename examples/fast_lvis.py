@@ -231,7 +231,6 @@ def _detections(
         )
     ]
     if kind == "segm":
-        assert detections.masks is not None
         for place, row in zip(places.tolist(), rows, strict=True):
-            row["segmentation"] = detections.masks[place].as_dict()
+            row["segmentation"] = detections.code(place).as_dict()
     return rows
