@@ -99,7 +99,6 @@ def _mask_iou(
     """Return the IoU of each detection with all annotations of its image and category."""
     from pycocotools import mask as coco_mask
 
-    assert detections.masks is not None
     overlaps = [np.zeros(0)]
     with_annotations = np.flatnonzero(counts)
     starts = np.flatnonzero(np.diff(pairs[with_annotations], prepend=-1))
@@ -107,8 +106,8 @@ def _mask_iou(
         if not len(group):
             continue
         begin, count = int(first[group[0]]), int(counts[group[0]])
-        wanted = [truth.code(int(i)).as_dict() for i in annotations[begin : begin + count]]
-        found = [detections.masks[int(row)].as_dict() for row in rows[group]]
+        wanted = [truth.code(i).as_dict() for i in annotations[begin : begin + count].tolist()]
+        found = [detections.code(row).as_dict() for row in rows[group].tolist()]
         overlaps.append(coco_mask.iou(found, wanted, [0] * count).ravel())
     return np.concatenate(overlaps)
 

@@ -100,6 +100,12 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def code(self, row: int) -> Code:
+        """Return the mask of a detection."""
+        if self.masks is None:
+            raise ValueError(f"{self.name}: Expected detections with masks, got none")
+        return self.masks[row]
+
 
 class Gatherer:
     """Collects detections into columns."""
@@ -360,7 +366,8 @@ def _columns(records: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, ...] | N
         numbers = np.array(scores, np.float64)
         if not np.isfinite(numbers).all():
             return None
-        return _integers(images), _integers(categories), boxes.astype(np.float64), numbers
+        columns = _integers(images), _integers(categories), boxes.astype(np.float64), numbers
+        return columns if min([*images, *categories], default=0) >= 0 else None
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError):
         return None
 

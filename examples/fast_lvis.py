@@ -12,12 +12,14 @@ It equals the official code (see the tests) because of what is done before:
 What a category is worth does not depend on the others, so memory stays bounded by the chunk.
 """
 
+import contextlib
+import gc
 import importlib.util
 import logging
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from chunking import chunks
 from detection_results import Detections
 from detection_selection import Selection
 from ground_truth import MAX_AREA, MAX_DETECTIONS, GroundTruth, contains
@@ -73,9 +75,10 @@ def evaluate_fast(
     found = selection.counts(num_categories)
     annotated = np.bincount(truth.categories, minlength=num_categories)
     found_ends, annotated_ends = found.cumsum(), annotated.cumsum()
-    # The number of images of a category is at most that of its detections and annotations.
     work = (found + annotated)[present]
-    some_pairs = MAX_PAIRS // max(len(truth.image_ids), 1)
+    # Each chunk has the images of its categories; few where all its categories are rare.
+    order = np.argsort(work, kind="stable")
+    present, work = present[order], work[order]
     curves = []
     with tqdm(
         total=len(selection),
@@ -84,28 +87,56 @@ def evaluate_fast(
         unit_scale=True,
         disable=not progress,
     ) as bar:
-        for part in chunks(np.maximum(work, CHUNK // max(some_pairs, 1)), CHUNK):
+        for part in _portions(work, len(truth.image_ids)):
             chosen = present[part.start : part.stop]
             annotations = [
                 by_category[annotated_ends[i] - annotated[i] : annotated_ends[i]] for i in chosen
             ]
-            # Of ascending categories, but those without annotations lie between them.
             rows = [np.arange(found_ends[i] - found[i], found_ends[i]) for i in chosen]
-            curves.append(
-                _evaluate(
-                    truth,
-                    detections,
-                    selection,
-                    np.concatenate(annotations),
-                    np.concatenate(rows),
-                    kind,
-                )
-            )
+            with paused_collector():
+                some = np.concatenate(annotations), np.concatenate(rows)
+                found_curves = _evaluate(truth, detections, selection, *some, kind)
+            # Chunks have their categories in ascending order.
+            back = np.argsort(np.argsort(chosen))
+            curves.append(Curves(found_curves.precision[:, :, back], found_curves.recall[:, back]))
             bar.update(sum(map(len, rows)))
+    back = np.argsort(order)
     return Curves(
-        np.concatenate([part.precision for part in curves], axis=2),
-        np.concatenate([part.recall for part in curves], axis=1),
+        np.concatenate([part.precision for part in curves], axis=2)[:, :, back],
+        np.concatenate([part.recall for part in curves], axis=1)[:, back],
     )
+
+
+def _portions(work: np.ndarray, num_images: int) -> Iterator[range]:
+    """Yield ranges of categories that are evaluated at once.
+
+    Args:
+        work: Detections and annotations of each category: it has at most as many images.
+        num_images: Of the whole set.
+    """
+    start, total = 0, 0
+    for i, size in enumerate(work.tolist()):
+        total += size
+        pairs = (i + 1 - start) * min(total, num_images)
+        if i > start and (total > CHUNK or pairs > MAX_PAIRS):
+            yield range(start, i)
+            start, total = i, size
+    yield range(start, len(work))
+
+
+@contextlib.contextmanager
+def paused_collector() -> Iterator[None]:
+    """Hold Python's garbage collector, which walks millions of objects again and again here.
+
+    None of them refers to itself, so all are freed without it.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _evaluate(
@@ -200,7 +231,6 @@ def _detections(
         )
     ]
     if kind == "segm":
-        assert detections.masks is not None
         for place, row in zip(places.tolist(), rows, strict=True):
-            row["segmentation"] = detections.masks[place].as_dict()
+            row["segmentation"] = detections.code(place).as_dict()
     return rows

@@ -113,9 +113,8 @@ def _results(
         )
     ]
     if kind == "segm":
-        assert detections.masks is not None
         for i, row in enumerate(rows):
-            row["segmentation"] = detections.masks[i].as_dict()
+            row["segmentation"] = detections.code(i).as_dict()
     return rows
 
 

@@ -137,10 +137,9 @@ def merge_shards(
     ]
     expected = 0
     for place, image in heapq.merge(*shards, key=lambda pair: pair[0]):
-        if place > expected:
-            break
-        writer.append(image)  # which refuses an image that comes twice
-        expected += 1
+        if place <= expected:  # after a gap the shards are still checked to their ends
+            writer.append(image)  # which refuses an image that comes twice
+            expected += 1
     if expected < len(image_ids):
         raise ValueError(
             f"{folder}: Expected results of all {len(image_ids)} images in the shards, "

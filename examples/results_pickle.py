@@ -114,8 +114,13 @@ class PickleWriter(ResultsWriter):
             chosen = np.flatnonzero(image.category_ids == category)
             boxes[place] = rows[chosen]
             if masks is not None and image.masks is not None:
-                masks[place] = [image.masks[i].as_dict() for i in chosen.tolist()]
+                masks[place] = [_own_dict(image.masks[i]) for i in chosen.tolist()]
         return item
+
+
+def _own_dict(code: Code) -> dict[str, Any]:
+    """Return a mask that shares nothing: a pickle says what is the same object elsewhere in it."""
+    return {"size": [code.height, code.width], "counts": bytes(bytearray(code.counts))}
 
 
 def read_pickle(
@@ -198,7 +203,7 @@ def _image(
     """Return an image's results as columns."""
     where = f"of image {number} (counted from 0)"
     boxes, masks = item if isinstance(item, tuple) and len(item) == 2 else (item, None)
-    lists = {"boxes": boxes} if masks is None else {"boxes": boxes, "masks": masks}
+    lists = {"boxes": boxes, "masks": masks} if isinstance(item, tuple) else {"boxes": boxes}
     for key, value in lists.items():
         if not isinstance(value, list) or len(value) != len(category_ids):
             got = f"{len(value)}" if isinstance(value, list) else reprlib.repr(value)

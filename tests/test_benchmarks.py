@@ -75,14 +75,15 @@ def small() -> profiles.Profile:
         ),
         ("bench_scores.py", ["--rows", "8", *TINY, "--dtype", "float32", "float16", "--quick"]),
         ("bench_detections.py", ["--rows", "20", "--categories", "30", "--rounds", "1", "--quick"]),
+        ("bench_evaluation.py", ["--images", "5", "--detections", "20", "--fixed"]),
     ],
-    ids=["loss", "loss-other-options", "scores", "detections"],
+    ids=["loss", "loss-other-options", "scores", "detections", "evaluation"],
 )
 def test_benchmark_runs(script: str, options: list[str], tmp_path: Path) -> None:
     record = tmp_path / "record.json"
     done = run(script, *options, "--json", record)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "| rows |" in done.stdout or "| scores |" in done.stdout
+    assert any(f"| {title} |" in done.stdout for title in ("rows", "scores", "method"))
     written = json.loads(record.read_text())
     assert written["results"]
     assert {"commit", "torch", "triton", "liger-kernel"} <= written["environment"].keys()
