@@ -33,6 +33,7 @@ def detect(
     autocast: torch.dtype | None = None,
     skip_broken: bool = False,
     title: str = "Evaluating",
+    progress: bool = True,
 ) -> list[str]:
     """Write the detections of all images to a file; the first process writes it.
 
@@ -49,6 +50,7 @@ def detect(
         autocast: The dtype of automatic mixed precision; None for none.
         skip_broken: Go past images that cannot be read, which have no detections then.
         title: Of the bar.
+        progress: Show it.
 
     Returns:
         What was wrong with images, in their order; in every process.
@@ -72,7 +74,9 @@ def detect(
             dataset, batches, num_workers=num_workers, skip_broken=skip_broken
         )
         with ShardWriter(folder, rank, world_size) as shard:
-            for images, targets in tqdm(loader, title, unit="batch", disable=rank > 0):
+            for images, targets in tqdm(
+                loader, title, unit="batch", disable=rank > 0 or not progress
+            ):
                 outputs = iter(_outputs(detector, images, device, autocast))
                 for image, target in zip(images, targets, strict=True):
                     broken += target.get(BROKEN, [])

@@ -1,37 +1,47 @@
-r"""AP and AR of LVIS for a file of detections, without a model.
+r"""AP and AR of LVIS: of a trained detector, or of a file of detections without a model.
 
+    python examples/torchvision_lvis_eval.py runs/bags/bags.pt --annotations lvis_v1_val.json \
+        --images coco/ --eval bbox segm --out results.json
     python examples/torchvision_lvis_eval.py results.json --annotations lvis_v1_val.json \
-        --train-annotations lvis_v1_train.json --eval bbox segm --out metrics.json
+        --train-annotations lvis_v1_train.json --eval bbox segm --metrics metrics.json
 
-RESULTS is in the format of LVIS results (.json) or in that of the original, mmdetection 1 (.pkl).
-Prints the original's table, then AP of each count group (with --train-annotations), AP fixed and
-pooled AP. docs/evaluation.md says what each figure means.
+A checkpoint is one of torchvision_lvis_train.py; torchrun spreads its images over processes. A file
+of detections is in the format of LVIS results (.json) or in that of the original, mmdetection 1
+(.pkl). Prints the original's table, then AP of each count group (of the checkpoint's training data,
+or of --train-annotations), AP fixed and pooled AP. docs/evaluation.md says what each figure means.
 
 Soft-NMS and test-time augmentation are out of scope: detections are judged as they are.
 """
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from evaluation_report import Disagreement, report, training_or_none
+from evaluation_report import (
+    Disagreement,
+    Training,
+    check_output,
+    report,
+    training_or_none,
+    usable_methods,
+)
 from lvis_evaluation import METHODS
+from results_files import check_suffix
+
+CHECKPOINTS = (".pt", ".pth")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
-        report(
-            args.results,
-            args.annotations,
-            training=training_or_none(args.train_annotations),
-            kinds=list(dict.fromkeys(args.eval)),
-            method=args.method,
-            out=args.out,
-            legacy_widths=args.legacy_widths,
-            progress=not args.no_progress,
-        )
+        check_arguments(args)
+        if args.source.suffix in CHECKPOINTS:
+            evaluate_checkpoint(args)
+        else:
+            judge(args, args.source, training_or_none(args.train_annotations))
     except (OSError, ValueError, ImportError, MemoryError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {text}", file=sys.stderr)
@@ -39,19 +49,98 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def judge(args: argparse.Namespace, results: Path, training: Training | None) -> None:
+    """Print the tables of a file of detections, and write the figures."""
+    report(
+        results,
+        args.annotations,
+        training=training,
+        kinds=list(dict.fromkeys(args.eval)),
+        method=args.method,
+        out=args.metrics,
+        legacy_widths=args.legacy_widths,
+        progress=not args.no_progress,
+    )
+
+
+def evaluate_checkpoint(args: argparse.Namespace) -> None:
+    """Run a detector over the images, and judge what it finds."""
+    import distributed
+    from checkpoints import Checkpoint
+    from detecting import detect
+    from detection_data import LVISDetection
+    from training import AUTOCAST
+
+    device = distributed.local_device(args.device)
+    with distributed.process_group(device):
+        checkpoint = Checkpoint.load(args.source)
+        recipe, categories = checkpoint.recipe, checkpoint.categories
+        if "segm" in args.eval and recipe.detector != "mask_rcnn":
+            raise ValueError(f"{args.source}: Expected a Mask R-CNN for segm, got a Faster R-CNN")
+        data = LVISDetection(args.annotations, args.images)
+        if tuple(data.category_ids) != categories.ids:
+            raise ValueError(
+                f"{args.annotations}: Expected the {len(categories.ids)} categories that "
+                f"{args.source} was trained on, got {len(data.category_ids)} with other ids"
+            )
+        if not args.skip_broken:
+            data.check_images(progress=distributed.is_first() and not args.no_progress)
+        layout = categories.layout(recipe.thresholds)
+        named = zip(layout.names, layout.groups, strict=True)
+        training = Training(
+            dict(zip(categories.ids, categories.frequencies, strict=True)),
+            {name: [categories.ids[i] for i in members] for name, members in named},
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            results = args.out or Path(distributed.from_first(folder), "results.json")
+            broken = detect(
+                checkpoint.make_model().to(device),
+                data,
+                results,
+                batch_size=args.batch_size or recipe.batch_size,
+                device=device,
+                num_workers=args.num_workers,
+                autocast=AUTOCAST.get(recipe.amp),
+                skip_broken=args.skip_broken,
+                progress=not args.no_progress,
+            )
+            if distributed.is_first():
+                for reason in broken:
+                    print(f"left out: {reason}", file=sys.stderr)
+                judge(args, results, training)
+            distributed.barrier()
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check what would be noticed late.
+
+    Raises:
+        OSError: A file cannot be written.
+        ValueError: Arguments do not go together.
+        ImportError: What the method needs is not installed.
+    """
+    is_checkpoint = args.source.suffix in CHECKPOINTS
+    if is_checkpoint and args.images is None:
+        raise ValueError(f"Expected `--images` with the checkpoint {args.source}, got none")
+    for name in ("images", "out"):
+        if not is_checkpoint and getattr(args, name) is not None:
+            raise ValueError(f"Expected `--{name}` with a checkpoint only, got {args.source}")
+    for path in (args.out, args.metrics):
+        if path is not None:
+            check_output(path)
+    if is_checkpoint:
+        usable_methods(args.method)
+        if args.out is not None:
+            check_suffix(args.out)
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("results", metavar="RESULTS", type=Path, help="detections, .json or .pkl")
+    add: Any = parser.add_argument
+    add("source", metavar="SOURCE", type=Path, help="checkpoint (.pt), or detections (.json, .pkl)")
     add("--annotations", metavar="JSON", required=True, help="LVIS (v0.5, v1) or COCO annotations")
-    add(
-        "--train-annotations",
-        metavar="JSON",
-        help="training annotations, for count groups and frequencies (default: no count groups, "
-        "frequencies of --annotations)",
-    )
     add("--eval", nargs="+", choices=("bbox", "segm"), default=["bbox"], help="default: bbox")
     add(
         "--method",
@@ -60,7 +149,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="fast: faster-coco-eval; official: the package lvis; both: compare them, exit status "
         "1 if they differ by more than 1e-6 (default: fast)",
     )
-    add("--out", metavar="JSON", type=Path, help="write the figures here, in percent")
+    add("--metrics", metavar="JSON", type=Path, help="write the figures here, in percent")
+    add("--no-progress", action="store_true", help="show no bars")
+    add = parser.add_argument_group("of a checkpoint").add_argument
+    add("--images", metavar="DIR", help="folder of the images")
+    add("--out", metavar="RESULTS", type=Path, help="keep the detections, .json or .pkl")
+    add("--batch-size", type=int, help="images of a batch (default: that of training)")
+    add("--num-workers", type=int, default=0, help="processes that load images (default: 0)")
+    add("--device", help="such as cuda:1 or cpu (default: a GPU if there is one)")
+    add("--skip-broken", action="store_true", help="go past images that cannot be read")
+    add = parser.add_argument_group("of a file of detections").add_argument
+    add(
+        "--train-annotations",
+        metavar="JSON",
+        help="training annotations, for count groups and frequencies (default: no count groups, "
+        "frequencies of --annotations)",
+    )
     add(
         "--legacy-widths",
         action=argparse.BooleanOptionalAction,
@@ -68,7 +172,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of a .pkl: width = x2 - x1 + 1, as mmdetection 1 has it; x2 - x1 without "
         "(default: with)",
     )
-    add("--no-progress", action="store_true", help="show no bars")
     return parser.parse_args(argv)
 
 

@@ -102,7 +102,7 @@ def test_the_table_is_that_of_the_original_and_more():
 def test_boxes_and_masks_by_both_methods(files, tmp_path, lvis_data, capsys):
     out = tmp_path / "metrics.json"
     train = train_file(tmp_path, lvis_data)
-    options = ["--train-annotations", str(train), "--eval", "bbox", "segm", "--out", str(out)]
+    options = ["--train-annotations", str(train), "--eval", "bbox", "segm", "--metrics", str(out)]
     assert program.main([*files, *options, "--method", "both", "--no-progress"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("Both methods agree: the largest difference is ") == 2
@@ -143,7 +143,7 @@ def test_a_pickle_of_the_original_gives_what_its_json_gives(files, tmp_path, sma
         (str(path), outs[1], []),
         (str(path), outs[2], ["--no-legacy-widths"]),
     ):
-        arguments = [results, *files[1:], "--out", str(out), "--no-progress", *more]
+        arguments = [results, *files[1:], "--metrics", str(out), "--no-progress", *more]
         assert program.main(arguments) == 0
     of_json, of_pickle, plain = (json.loads(out.read_text())["bbox"] for out in outs)
     # Of equal scores in a category of an image, the order of the file is kept.
@@ -180,7 +180,7 @@ def test_bad_records_leave_nothing_behind(files, tmp_path, capsys):
     records[3]["bbox"] = [1, 2]
     Path(files[0]).write_text(json.dumps(records))
     out = tmp_path / "metrics.json"
-    line = fails([*files, "--out", str(out)], capsys)
+    line = fails([*files, "--metrics", str(out)], capsys)
     assert line.endswith(
         "results.json: Expected `bbox` of detection 3 to be 4 finite numbers, got [1, 2]"
     )
@@ -220,7 +220,9 @@ def test_other_categories_in_training(files, tmp_path, lvis_data, capsys):
 
 @pytest.mark.parametrize("name", ["missing/metrics.json", "."])
 def test_an_output_that_cannot_be(files, tmp_path, capsys, name):
-    assert "Expected the name of a file" in fails([*files, "--out", str(tmp_path / name)], capsys)
+    assert "Expected the name of a file" in fails(
+        [*files, "--metrics", str(tmp_path / name)], capsys
+    )
 
 
 def test_annotations_that_are_not_there(files, tmp_path, capsys):
@@ -234,7 +236,7 @@ def test_without_the_fast_package_the_official_code_is_used(files, tmp_path, mon
     monkeypatch.setattr(fast_lvis, "is_installed", lambda: False)
     out = tmp_path / "metrics.json"
     with pytest.warns(UserWarning, match="faster-coco-eval is not installed"):
-        assert program.main([*files, "--out", str(out), "--no-progress"]) == 0
+        assert program.main([*files, "--metrics", str(out), "--no-progress"]) == 0
     assert json.loads(out.read_text())["method"] == "official"
 
 

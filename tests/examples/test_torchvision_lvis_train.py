@@ -22,6 +22,7 @@ import official_lvis
 import run_folder
 import stages
 import summarise_runs
+import torchvision_lvis_eval as evaluation
 import torchvision_lvis_train as example
 from checkpoints import Checkpoint
 from detectors import CLASSIFIER, make_detector, with_same_postprocessing
@@ -104,6 +105,52 @@ def test_layout_is_that_of_the_training_counts_and_of_the_checkpoint(finished):
     layout = GroupLayout.from_counts(counts, category_ids=[1, 2, 3])
     assert GroupLayout.load(finished / "layout.json") == layout
     assert GroupLayout.from_state_dict(state_of(finished, "bags"), prefix=CLASSIFIER) == layout
+
+
+@pytest.mark.parametrize("name", ["softmax", "bags"])
+@pytest.mark.parametrize("suffix", [".json", ".pkl"])
+def test_a_checkpoint_is_evaluated_without_its_run(finished, tmp_path, name, suffix):
+    data = finished / "data"
+    results, figures_of = tmp_path / f"results{suffix}", tmp_path / "metrics.json"
+    arguments = ["--annotations", str(data / "val.json"), "--no-progress"]
+    with_images = [*arguments, "--images", str(data / "val"), "--out", str(results)]
+    path = str(finished / f"{name}.pt")
+    assert evaluation.main([path, *with_images, "--metrics", str(figures_of)]) == 0
+    found = json.loads(figures_of.read_text())["bbox"]
+    expected = json.loads((finished / "metrics.json").read_text())[name]
+    assert found == expected
+    # The file of detections gives the same again, with the counts and frequencies of training.
+    train = ["--train-annotations", str(data / "train.json"), "--metrics", str(figures_of)]
+    assert evaluation.main([str(results), *arguments, *train]) == 0
+    again = json.loads(figures_of.read_text())["bbox"]
+    assert again == pytest.approx(expected, abs=1e-4 if suffix == ".pkl" else 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x.pt"], "Expected `--images` with the checkpoint x.pt"),
+        (["x.pt", "--images", ".", "--out", "a.txt"], "results to end in .json or .pkl"),
+        (["x.pt", "--images", "."], "No such file"),
+        (["x.json", "--images", "."], "Expected `--images` with a checkpoint only"),
+        (["x.json", "--out", "y.json"], "Expected `--out` with a checkpoint only"),
+    ],
+)
+def test_evaluation_tells_what_does_not_go_together(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.main([*arguments, "--annotations", "val.json"]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_boxes_alone_have_no_masks_to_evaluate(finished, capsys):
+    arguments = ["--annotations", str(finished / "data" / "val.json"), "--images", "."]
+    path = str(finished / "bags.pt")
+    assert evaluation.main([path, *arguments, "--eval", "segm"]) == 2
+    assert "Expected a Mask R-CNN for segm, got a Faster R-CNN" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["softmax_continued", "bags"])
@@ -403,7 +450,6 @@ def test_bad_validation_images_are_told_before_training(few, tmp_path, monkeypat
     "option",
     [
         ["--steps", "-1"],
-        ["--seed", "9" * 30],
         ["--learning-rate", "nan"],
         ["--learning-rate", "-1"],
         ["--others-ratio", "nan"],
