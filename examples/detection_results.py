@@ -13,24 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from annotation_fields import is_number, read_boxes
-from coco_masks import compress, read_run_lengths
-from mask_codes import are_valid
+from mask_codes import Code, are_valid, read_codes
 from run_folder import partial_path
 from torch import Tensor
 
 CHUNK = 50_000  # records that are turned into columns at once
-
-
-class Code(NamedTuple):
-    """A mask in COCO's compressed run lengths."""
-
-    height: int
-    width: int
-    counts: bytes
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what pycocotools takes."""
-        return {"size": [self.height, self.width], "counts": self.counts}
 
 
 class ImageDetections(NamedTuple):
@@ -296,55 +283,6 @@ def check_image(image: ImageDetections) -> None:
             raise ValueError(f"Expected {n} masks {where}, got {len(image.masks)}")
         if not are_valid(image.masks).all():
             raise ValueError(f"Expected masks {where} in COCO's compressed form")
-
-
-def read_codes(segmentations: Sequence[Any], first: int = 0) -> list[Code]:
-    """Return masks of detections, compressed and checked.
-
-    Args:
-        segmentations: `{"size": [height, width], "counts": text, bytes or run lengths}`, each.
-        first: The number of the first one in its file, for messages.
-
-    Raises:
-        ValueError: A mask is not a run-length code that fits its size.
-    """
-    codes = []
-    for i, segmentation in enumerate(segmentations):
-        try:
-            codes.append(_read_code(segmentation))
-        except ValueError as error:
-            raise ValueError(f"`segmentation` of detection {first + i}: {error}") from None
-    valid = are_valid(codes)
-    if not valid.all():
-        i = int(valid.argmin())
-        try:  # for the message
-            read_run_lengths(codes[i].as_dict(), codes[i].width, codes[i].height)
-        except ValueError as error:
-            raise ValueError(f"`segmentation` of detection {first + i}: {error}") from None
-        raise AssertionError(f"both checks of masks must agree, on {codes[i]}")
-    return codes
-
-
-def _read_code(segmentation: Any) -> Code:
-    if not isinstance(segmentation, dict):
-        raise ValueError(f"Expected run lengths, got {reprlib.repr(segmentation)}")
-    size, counts = segmentation.get("size"), segmentation.get("counts")
-    if not (
-        isinstance(size, list | tuple)
-        and len(size) == 2
-        and all(type(side) is int and 0 < side < 2**31 for side in size)
-    ):
-        raise ValueError(f"Expected `size` as [height, width], got {reprlib.repr(size)}")
-    height, width = size
-    if isinstance(counts, bytes):
-        return Code(height, width, counts)
-    if isinstance(counts, str):
-        try:
-            return Code(height, width, counts.encode("ascii"))
-        except UnicodeEncodeError:
-            raise ValueError("Expected `counts` in ASCII") from None
-    runs = read_run_lengths({"size": [height, width], "counts": counts}, width, height)
-    return Code(height, width, compress(runs, width, height))
 
 
 def _columns(records: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, ...] | None:

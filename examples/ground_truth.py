@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from annotation_fields import image_size, read_areas, read_boxes, source_name, verified_categories
 from coco_masks import compress, read_segmentation
-from detection_results import Code, Detections
+from detection_results import Detections
+from mask_codes import Code
 
 from balanced_group_softmax.counts import Source, read_annotations
 

@@ -3,12 +3,76 @@
 `coco_masks.decompress_run_lengths` reads one mask in some 30 microseconds; results hold millions.
 """
 
+import reprlib
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from chunking import chunks
+from coco_masks import compress, read_run_lengths
 
 DIGITS = 2**17  # that are decoded at once: their arrays stay in the cache
+
+
+class Code(NamedTuple):
+    """A mask in COCO's compressed run lengths."""
+
+    height: int
+    width: int
+    counts: bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what pycocotools takes."""
+        return {"size": [self.height, self.width], "counts": self.counts}
+
+
+def read_codes(segmentations: Sequence[Any], first: int = 0) -> list[Code]:
+    """Return masks of detections, compressed and checked.
+
+    Args:
+        segmentations: `{"size": [height, width], "counts": text, bytes or run lengths}`, each.
+        first: The number of the first one in its file, for messages.
+
+    Raises:
+        ValueError: A mask is not a run-length code that fits its size.
+    """
+    codes = []
+    for i, segmentation in enumerate(segmentations):
+        try:
+            codes.append(_read_code(segmentation))
+        except ValueError as error:
+            raise ValueError(f"`segmentation` of detection {first + i}: {error}") from None
+    valid = are_valid(codes)
+    if not valid.all():
+        i = int(valid.argmin())
+        try:  # for the message
+            read_run_lengths(codes[i].as_dict(), codes[i].width, codes[i].height)
+        except ValueError as error:
+            raise ValueError(f"`segmentation` of detection {first + i}: {error}") from None
+        raise AssertionError(f"both checks of masks must agree, on {codes[i]}")
+    return codes
+
+
+def _read_code(segmentation: Any) -> Code:
+    if not isinstance(segmentation, dict):
+        raise ValueError(f"Expected run lengths, got {reprlib.repr(segmentation)}")
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if not (
+        isinstance(size, list | tuple)
+        and len(size) == 2
+        and all(type(side) is int and 0 < side < 2**31 for side in size)
+    ):
+        raise ValueError(f"Expected `size` as [height, width], got {reprlib.repr(size)}")
+    height, width = size
+    if isinstance(counts, bytes):
+        return Code(height, width, counts)
+    if isinstance(counts, str):
+        try:
+            return Code(height, width, counts.encode("ascii"))
+        except UnicodeEncodeError:
+            raise ValueError("Expected `counts` in ASCII") from None
+    runs = read_run_lengths({"size": [height, width], "counts": counts}, width, height)
+    return Code(height, width, compress(runs, width, height))
 
 
 def are_valid(codes: Sequence[tuple[int, int, bytes]]) -> np.ndarray:

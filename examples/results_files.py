@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detection_results import Code, Detections, ImageDetections, ResultsWriter
+from detection_results import Detections, ImageDetections, ResultsWriter
+from mask_codes import Code
 from results_json import JsonWriter, read_json
 from results_pickle import PickleWriter, read_pickle
 

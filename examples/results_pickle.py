@@ -24,13 +24,12 @@ from typing import Any, BinaryIO
 import numpy as np
 import safe_pickle
 from detection_results import (
-    Code,
     Detections,
     Gatherer,
     ImageDetections,
     ResultsWriter,
-    read_codes,
 )
+from mask_codes import Code, read_codes
 from tqdm import tqdm
 
 # Protocol 3 names the place in the memo at each use, so that pickles can stand one after the other.

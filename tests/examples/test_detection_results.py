@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import results_json
 from coco_masks import read_run_lengths
 from detection_results import (
-    Code,
     Detections,
     Gatherer,
     ImageDetections,
@@ -26,7 +25,7 @@ from detection_results import (
     from_torchvision,
 )
 from evaluation_cases import rectangle
-from mask_codes import are_valid
+from mask_codes import Code, are_valid
 from results_files import (
     ShardWriter,
     merge_shards,

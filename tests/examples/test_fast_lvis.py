@@ -158,6 +158,13 @@ def test_annotation_number_zero_is_matched(method, kind):
 
 
 @EVERY_WAY
+def test_annotations_without_area_do_not_count(method, kind):
+    data = truth_of([(1, 5, BOX), (1, 5, [1.0, 1.0, 0.0, 5.0])])
+    metrics = ap(data, [found_at(1, 5, BOX, 0.9)], method, kind)
+    assert [metrics[k] for k in ("AP", "APfixed", "APpooled")] == pytest.approx([100] * 3)
+
+
+@EVERY_WAY
 def test_a_crowd_is_matched_once(method, kind):
     data = truth_of([(1, 5, BOX), (1, 5, FAR)])
     data["annotations"][1]["iscrowd"] = 1

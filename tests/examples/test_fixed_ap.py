@@ -215,6 +215,33 @@ def test_pooled_ap_counts_annotations_not_categories():
     assert metrics["APpooled"] == pytest.approx(100 * 11 / 101)
 
 
+@pytest.mark.parametrize(("order", "ap50"), [((0, 1), 100), ((1, 0), 100 * 51 / 101)])
+def test_of_equal_overlaps_the_later_annotation_is_taken(order, ap50):
+    # The first detection overlaps both by 0.6; the second one only that at the left.
+    left, right = (1, 5, [0.0, 0.0, 40.0, 10.0]), (1, 5, [20.0, 0.0, 40.0, 10.0])
+    data = truth_of(*[(left, right)[i] for i in order])
+    records = [found_at(1, 5, [10.0, 0.0, 40.0, 10.0], 0.9), found_at(1, 5, left[2], 0.8)]
+    metrics = evaluation.evaluate(read_ground_truth(data), from_records(records), method="official")
+    assert metrics["AP50"] == pytest.approx(ap50)
+    assert metrics["APfixed"] == pytest.approx(metrics["AP"])
+
+
+def test_an_annotation_to_ignore_is_taken_only_if_no_other_is_left():
+    data = truth_of((1, 5, [0.0, 0.0, 40.0, 10.0]), (1, 5, [10.0, 0.0, 40.0, 10.0]))
+    data["annotations"][0]["iscrowd"] = 1
+    records = [found_at(1, 5, [0.0, 0.0, 40.0, 10.0], 0.9)]
+    metrics = evaluation.evaluate(read_ground_truth(data), from_records(records), method="official")
+    # Overlap 0.6 with the object: right at 3 of 10 thresholds, ignored at the others.
+    assert [metrics[k] for k in ("AP", "APfixed", "APpooled")] == pytest.approx([30] * 3)
+
+
+def test_of_equal_scores_in_the_pool_the_first_image_comes_first():
+    data = truth_of((1, 9, BOX))
+    records = [found_at(2, 5, FAR, 0.5), found_at(1, 9, BOX, 0.5)]
+    metrics = evaluation.evaluate(read_ground_truth(data), from_records(records), method="official")
+    assert metrics["APpooled"] == pytest.approx(100)
+
+
 def test_the_limit_of_a_category_is_over_all_images(monkeypatch):
     monkeypatch.setattr(detection_selection, "MAX_DETECTIONS_FIXED", 2)
     data = truth_of((1, 5, BOX), (2, 5, BOX), (1, 9, FAR))
