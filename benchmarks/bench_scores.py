@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from buffers import BUFFERS, Copies, bytes_of_logits, make_logits, number_of_buffers
 from cuda_measures import measure_steps
-from peers import brief, merge_as_original, score_arguments
+from peers import brief, merge_as_original, score_arguments, why_not_timed
 from profiles import Profile
 from program import Run, common_parser, parse
 from records import OURS, Case, Result
@@ -45,6 +45,9 @@ def score_peers(
     peers: dict[str, Scores] = {}
     skipped: dict[str, str] = {}
     for impl in impls:
+        if why_not := why_not_timed(impl, device):
+            skipped[f"{OURS} ({impl})"] = why_not
+            continue
         ours = partial(grouped_softmax_scores, layout=profile.layout, impl=impl)
         try:
             ours(torch.zeros(2, profile.num_logits, device=device))

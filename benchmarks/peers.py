@@ -122,6 +122,9 @@ def loss_peers(
     skipped: dict[str, str] = {}
     peers: list[Peer] = []
     for impl in impls:
+        if why_not := why_not_timed(impl, device):
+            skipped[f"bags ({impl})"] = why_not
+            continue
         ours = partial(grouped_softmax_loss, layout=profile.layout, others_ratio=ratio, impl=impl)
         peers.append(Peer(f"bags ({impl})", ours, grouped=True))
     peers.append(
@@ -135,6 +138,13 @@ def loss_peers(
     peers.append(Peer("dense", F.cross_entropy, grouped=False))
     peers += _installed(device, skipped)
     return [peer for peer in peers if _runs(peer, profile, device, skipped)], skipped
+
+
+def why_not_timed(impl: str, device: torch.device) -> str:
+    """Why one of our implementations is left out; nothing if it is not."""
+    if impl == "triton" and device.type != "cuda":
+        return "needs a GPU; interpreted kernels are not timed"
+    return ""
 
 
 def _installed(device: torch.device, skipped: dict[str, str]) -> Iterator[Peer]:
