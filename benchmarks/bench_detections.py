@@ -25,10 +25,11 @@ import argparse
 import math
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
-from machine import environment, why_no_device
+from arguments import device_name, limit, output_file, whole
+from machine import environment
+from program import MAX_SECONDS
 from records import markdown_table, write_json
 from timing import Timing, interleave
 from torch import Tensor
@@ -277,21 +278,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rows", type=int, default=1000, help="proposals (default: 1000)")
-    parser.add_argument("--categories", type=int, default=1203, help="default: 1203, LVIS v1")
-    parser.add_argument("--max-detections", type=int, default=300)
-    parser.add_argument("--rounds", type=int, default=7, help="timed runs of each (default: 7)")
-    parser.add_argument("--max-seconds", type=float, default=math.inf, help="a case, at most")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU")
+    parser.add_argument("--device", type=device_name, default="cpu")
+    parser.add_argument("--rows", type=whole, default=1000, help="proposals (default: 1000)")
+    parser.add_argument("--categories", type=whole, default=1203, help="default: 1203, LVIS v1")
+    parser.add_argument("--max-detections", type=whole, default=300)
+    parser.add_argument("--rounds", type=whole, default=7, help="timed runs of each (default: 7)")
+    parser.add_argument("--max-seconds", type=limit, default=math.inf, help=MAX_SECONDS)
+    parser.add_argument("--threads", type=whole, help="of torch on the CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="trained scores at threshold 0 only")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the record here")
-    options = parser.parse_args(arguments)
-    why_not = why_no_device(options.device)
-    if why_not:
-        parser.error(why_not)
-    return options
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="write the record here")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,23 +22,18 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
+from arguments import factor, share_of_rows, whole
 from buffers import BUFFERS, Copies, LossSteps, bytes_of_logits, make_logits, number_of_buffers
 from cuda_measures import measure_steps
 from peak_memory import in_fresh_process
-from peers import Peer, agreement, brief, loss_peers
-from profiles import (
-    OTHERS_RATIO,
-    Profile,
-    draw_labels,
-    live_fraction,
-)
+from peers import Peer, agreement, loss_peers
+from profiles import OTHERS_RATIO, Profile, draw_labels, live_fraction
 from program import Run, common_parser, parse
-from records import OURS, Case, Result
+from records import ALL, OURS, Case, Result, brief
 from timing import Call, Timing, interleave
 
 ROWS = (128, 512, 1024, 8192)
 FOREGROUND = ("0.05", "0.10", "0.25")
-ALL = "all"
 ALL_ACTIVE_FOREGROUND = 0.25
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 
@@ -178,6 +173,7 @@ def parse_loss(arguments: list[str] | None) -> argparse.Namespace:
     parser = common_parser(__doc__, ROWS)
     parser.add_argument(
         "--foreground",
+        type=share_of_rows,
         nargs="+",
         default=list(FOREGROUND),
         help=f"shares of foreground rows, and `{ALL}`: every row counts in every group",
@@ -186,14 +182,14 @@ def parse_loss(arguments: list[str] | None) -> argparse.Namespace:
         "--passes", nargs="+", default=["both"], choices=["forward", "backward", "both"]
     )
     parser.add_argument(
-        "--loss-scale", type=float, default=1.0, help="multiply every loss by this, as AMP does"
+        "--loss-scale", type=factor, default=1.0, help="multiply every loss by this, as AMP does"
     )
     parser.add_argument(
-        "--compile", type=int, nargs="*", metavar="R", help="also time torch.compile (at these R)"
+        "--compile", type=whole, nargs="*", metavar="R", help="also time torch.compile (at these R)"
     )
     parser.add_argument(
         "--peaks",
-        type=int,
+        type=whole,
         nargs="*",
         default=[],
         metavar="R",

@@ -23,10 +23,10 @@ from functools import partial
 import torch
 from buffers import BUFFERS, Copies, bytes_of_logits, make_logits, number_of_buffers
 from cuda_measures import measure_steps
-from peers import brief, merge_as_original, score_arguments, why_not_timed
+from peers import merge_as_original, score_arguments, why_not_timed
 from profiles import Profile
 from program import Run, common_parser, parse
-from records import OURS, Case, Result
+from records import OURS, Case, Result, brief
 from timing import Call, interleave
 from torch import Tensor
 

@@ -4,29 +4,30 @@ import argparse
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
-from machine import environment, why_no_device
+from arguments import counts_file, device_name, limit, output_file, whole
+from machine import environment
 from profiles import PUBLISHED, Profile, named_profile, read_profile
 from records import OURS, Result, result_tables, write_json
 from timing import CLOCKS, hold_memory
 
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_SECONDS = "a size gets no new round after these, but three in any case"
 
 
 def common_parser(description: str | None, rows: Sequence[int]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_name, default="cpu")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--impl", nargs="+", default=["auto"], help="implementations of ours")
     parser.add_argument("--layout", nargs="+", default=["lvis_v0.5"], choices=list(PUBLISHED))
-    parser.add_argument("--counts", type=Path, help="JSON list of LVIS categories instead")
-    parser.add_argument("--rows", type=int, nargs="+", default=list(rows))
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--counts", type=counts_file, help="JSON list of LVIS categories instead")
+    parser.add_argument("--rows", type=whole, nargs="+", default=list(rows))
+    parser.add_argument("--threads", type=whole, default=1, help="CPU threads")
     parser.add_argument(
         "--clock",
         choices=list(CLOCKS),
@@ -40,17 +41,17 @@ def common_parser(description: str | None, rows: Sequence[int]) -> argparse.Argu
         help="freed memory: kept as in a long-running process, returned to the system as in a "
         "fresh one, or as the C library sees fit",
     )
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=whole, default=40)
     parser.add_argument(
         "--burst",
-        type=int,
+        type=whole,
         default=8,
         help="runs in a row; 1: every run finds the caches full of another alternative's work",
     )
-    parser.add_argument("--max-seconds", type=float, default=20.0, help="per size")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no new size after these")
+    parser.add_argument("--max-seconds", type=limit, default=20.0, help=MAX_SECONDS)
+    parser.add_argument("--minutes", type=limit, default=math.inf, help="no new size after these")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, fewer sizes")
-    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--json", type=output_file, help="write the record here")
     return parser
 
 
@@ -58,9 +59,6 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
     options = parser.parse_args(arguments)
     if options.quick:
         options.rounds, options.max_seconds = min(options.rounds, 10), min(options.max_seconds, 5.0)
-    why_not = why_no_device(options.device)
-    if why_not:
-        parser.error(why_not)
     return options
 
 

@@ -11,6 +11,8 @@ from timing import Timing
 
 OURS = "bags"
 """How the names of this library's columns begin."""
+ALL = "all"
+"""As a share of foreground: every row counts in every group."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,12 @@ class Result:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self.problems.append(f"{what}: {reason}")
             return None
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error, with its type."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def read_results(entries: Iterable[Mapping[str, Any]]) -> list[Result]:

@@ -21,8 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from arguments import device_name, limit, output_folder
 from goals import BOTH, COLD, SCORES, all_goals
-from machine import environment, machine_name, why_no_device
+from machine import environment, machine_name
 from page import Outcome, Part, goals_table, make_page, measurements
 from records import write_bytes, write_json
 
@@ -194,17 +195,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
+    parser.add_argument(
+        "--device", type=device_name, help="default: cuda if there is a GPU, else cpu"
+    )
     parser.add_argument("--quick", action="store_true", help="what the main goals need, roughly")
     parser.add_argument("--tests", action="store_true", help="first run the tests that need a GPU")
-    parser.add_argument("--minutes", type=float, default=15, help="no new size after these")
-    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder")
+    parser.add_argument("--minutes", type=limit, default=15, help="no new size after these")
+    parser.add_argument(
+        "--output", type=output_folder, default=str(HERE / "results"), help="folder"
+    )
     options = parser.parse_args(arguments)
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    why_not = why_no_device(options.device)
-    if why_not:
-        parser.error(why_not)
     return options
 
 

@@ -171,6 +171,39 @@ def test_a_gpu_that_is_not_there_is_said_so(
     assert "finds no GPU" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("program", "arguments", "words"),
+    [
+        (bench_loss, ["--device", "foo"], "expected cpu, cuda or cuda:N, got 'foo'"),
+        (bench_scores, ["--device", "mps"], "expected cpu, cuda or cuda:N, got 'mps'"),
+        (bench_loss, ["--foreground", "0.1", "1.5"], "a share from 0 to 1 or `all`, got '1.5'"),
+        (bench_loss, ["--foreground", "many"], "a share from 0 to 1 or `all`, got 'many'"),
+        (bench_loss, ["--rows", "8", "0"], "--rows: expected a whole number above 0, got '0'"),
+        (bench_scores, ["--threads", "0"], "--threads: expected a whole number above 0"),
+        (bench_scores, ["--rounds", "0"], "--rounds: expected a whole number above 0"),
+        (bench_detections, ["--rows", "0"], "--rows: expected a whole number above 0"),
+        (bench_loss, ["--peaks", "-1"], "--peaks: expected a whole number above 0"),
+        (bench_loss, ["--loss-scale", "inf"], "a finite number above 0, got 'inf'"),
+        (bench_loss, ["--counts", "nofile.json"], "No such file"),
+        (bench_loss, ["--counts", __file__], "JSONDecodeError"),
+        (bench_loss, ["--minutes", "nan"], "a number from 0 to inf, got 'nan'"),
+        (run_all, ["--minutes", "nan"], "a number from 0 to inf, got 'nan'"),
+        (run_all, ["--minutes", "-1"], "a number from 0 to inf, got '-1'"),
+        (run_all, ["--output", f"{__file__}/results"], "expected a folder to write to"),
+        (bench_loss, ["--json", f"{__file__}/a.json"], "expected a folder to write to"),
+        (bench_detections, ["--json", str(BENCHMARKS)], "expected a file to write"),
+    ],
+    ids=lambda value: " ".join(value)[-30:] if isinstance(value, list) else None,
+)
+def test_an_argument_that_cannot_be_is_named(
+    program: Any, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        program.main(arguments)
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
 # --- profiles ------------------------------------------------------------------------------------
 
 
