@@ -30,12 +30,11 @@ from peak_memory import in_fresh_process
 from peers import Peer, agreement, loss_peers
 from profiles import OTHERS_RATIO, Profile, draw_labels, live_fraction
 from program import Run, common_parser, parse
-from records import ALL, OURS, Case, Result, brief
+from records import ALL, ALL_ACTIVE_FOREGROUND, OURS, Case, Result, brief
 from timing import Call, Timing, interleave
 
 ROWS = (128, 512, 1024, 8192)
 FOREGROUND = ("0.05", "0.10", "0.25")
-ALL_ACTIVE_FOREGROUND = 0.25
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 
 
@@ -68,7 +67,7 @@ class Bench:
 
         def tried(peer: Peer) -> LossSteps:
             own = make_logits(case, buffers, self.device) if peer.overwrites else logits
-            steps = LossSteps(peer.loss, own, labels, self.options.loss_scale)
+            steps = LossSteps(peer.loss, own, labels, case.loss_scale)
             steps.gradient(0)
             return steps
 
@@ -249,14 +248,15 @@ def main(arguments: list[str] | None = None) -> int:
             run.measure(case, bench.measure, bench.measure_launches)
     if options.quick:
         run.skipped["other shares of foreground, most rounds"] = "--quick"
-    run.more = {"others_ratio": OTHERS_RATIO, "loss_scale": options.loss_scale}
+    run.more = {"others_ratio": OTHERS_RATIO}
     return run.finish(relative_to="original")
 
 
 def cases(profile: Profile, options: argparse.Namespace) -> Iterator[Case]:
     for dtype, share, rows in itertools.product(options.dtype, options.foreground, options.rows):
         foreground = ALL_ACTIVE_FOREGROUND if share == ALL else float(share)
-        yield Case(profile.name, profile.num_logits, dtype, rows, foreground, share == ALL)
+        size = (profile.name, profile.num_logits, dtype, rows)
+        yield Case(*size, foreground, share == ALL, options.loss_scale)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from goals import Goal, Measurements, all_goals
+from goals import Measurements, all_goals
+from judging import Goal
 from records import Result, markdown_table, number, read_results, result_tables
 
 READING = """\

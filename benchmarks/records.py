@@ -13,6 +13,8 @@ OURS = "bags"
 """How the names of this library's columns begin."""
 ALL = "all"
 """As a share of foreground: every row counts in every group."""
+ALL_ACTIVE_FOREGROUND = 0.25
+"""The share of foreground then."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,15 @@ class Case:
     """Share of rows that are not background; None where labels play no part."""
     all_active: bool = False
     """Whether every row counts in every group."""
+    loss_scale: float = 1.0
 
     @property
     def labels(self) -> str:
+        """What the rows are like, and what their loss is multiplied by."""
         if self.foreground is None:
             return "-"
-        return "all active" if self.all_active else f"{self.foreground:.0%}"
+        labels = "all active" if self.all_active else f"{self.foreground:.0%}"
+        return labels if self.loss_scale == 1 else f"{labels}, loss x {self.loss_scale:g}"
 
     def __str__(self) -> str:
         labels = "" if self.foreground is None else f", foreground {self.labels}"

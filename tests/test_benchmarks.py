@@ -1,10 +1,12 @@
 """The benchmarks run, at sizes that measure nothing, and say truly what they found."""
 
+import argparse
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,7 +167,7 @@ def test_a_size_that_does_not_fit_leaves_the_others(
 
     monkeypatch.setattr(program, "make_logits", make_few)
     record = tmp_path / "record.json"
-    assert program.main(["--rows", "16", str(999), "8", *TINY, "--json", str(record)]) == 0
+    assert program.main(["--rows", "16", "999", "8", *TINY, "--json", str(record)]) == 0
     results = records.read_results(json.loads(record.read_text())["results"])
     failed = [result for result in results if result.case.rows == 999]
     assert failed
@@ -638,9 +640,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(
     assert list(file.parent.iterdir()) == [file]
 
 
-def measured_loss(rows: int, original: float, dense: float, peak: float) -> Result:
+def measured_loss(
+    rows: int, original: float, dense: float, peak: float, foreground: float = 0.25
+) -> Result:
     times = {"bags (auto)": fixed(2.0), "original": fixed(original), "dense": fixed(dense)}
-    case = Case("lvis_v0.5", 1236, "float32", rows, 0.25)
+    case = Case("lvis_v0.5", 1236, "float32", rows, foreground)
     return Result(case, 0.3, {goals.BOTH: times}, {goals.MEMORY: {"bags (auto)": peak}})
 
 
@@ -650,18 +654,101 @@ def verdicts(measured: goals.Measurements, start: str) -> dict[str, str]:
 
 
 def test_goals_are_judged_by_the_worst_size() -> None:
-    good = measured_loss(8192, 30.0, 30.0, 1.1)
-    bad = measured_loss(1024, 5.0, 1.0, 5.0)
-    measured = goals.Measurements("cpu", loss=[good])
+    good = [
+        measured_loss(rows, 30.0, 30.0, 1.1, share)
+        for rows in (1024, 8192)
+        for share in goals.SHARES
+    ]
+    bad = measured_loss(2048, 5.0, 1.0, 5.0)
+    measured = goals.Measurements("cpu", loss=good)
     faster = "CPU, L = 1236, R >= 1024: original / loss + backward"
     assert verdicts(measured, faster) == {faster: "met"}
     assert verdicts(measured, "CPU, L = 1236, R = 8192: loss").popitem()[1] == "met"
     assert verdicts(measured, "CPU, L = 1236, R = 8192: peak").popitem()[1] == "met"
     measured.loss.append(bad)
     assert verdicts(measured, faster) == {faster: "missed"}
-    assert verdicts(measured, "CPU, L = 1236, R = 1024: loss").popitem()[1] == "missed"
+    assert verdicts(measured, "CPU, L = 1236, R = 8192: loss").popitem()[1] == "met"
     assert verdicts(measured, "CPU, L = 1236, R = 128").popitem()[1] == "not measured"
     assert set(verdicts(measured, "GPU").values()) == {"not measured"}
+
+
+def test_a_goal_is_not_met_where_a_size_that_it_needs_was_not_measured() -> None:
+    faster = "CPU, L = 1236, R >= 1024: original / loss + backward"
+    quick = [measured_loss(rows, 30.0, 30.0, 1.1) for rows in (1024, 8192)]
+    measured = goals.Measurements("cpu", loss=quick)
+    (goal,) = (goal for goal in goals.all_goals(measured) if goal.what == faster)
+    assert goal.verdict == "incomplete"
+    missing = "float32, L = 1236, R = 1024, 10% and 3 more sizes"
+    assert goal.found.endswith(f"; not measured: {missing}")
+    quick[0].times[goals.BOTH]["original"] = fixed(5.0)
+    assert verdicts(measured, faster) == {faster: "missed"}
+    # One that is not needed, but was tried and failed, is missing too.
+    every = [measured_loss(r, 30.0, 30.0, 1.1, s) for r in (1024, 8192) for s in goals.SHARES]
+    failed = Result(Case("lvis_v0.5", 1236, "float32", 2048, 0.25))
+    measured = goals.Measurements("cpu", loss=[*every, failed])
+    assert verdicts(measured, faster) == {faster: "incomplete"}
+    only_failed = goals.Measurements("cpu", loss=[failed])
+    (goal,) = (goal for goal in goals.all_goals(only_failed) if goal.what == faster)
+    assert (goal.verdict, goal.found) == ("not measured", "a measurement failed or was skipped")
+
+
+def test_a_scaled_loss_is_not_judged() -> None:
+    every = [measured_loss(r, 30.0, 30.0, 1.1, s) for r in (1024, 8192) for s in goals.SHARES]
+    slow = measured_loss(1024, 1.0, 1.0, 1.1)
+    slow.case = replace(slow.case, loss_scale=65536.0)
+    measured = goals.Measurements("cpu", loss=[*every, slow])
+    faster = "CPU, L = 1236, R >= 1024: original / loss + backward"
+    assert verdicts(measured, faster) == {faster: "met"}
+    assert slow.case.labels == "25%, loss x 65536"
+
+
+def detections(**changes: Any) -> list[dict[str, Any]]:
+    cases = [("trained", False), ("trained", True), ("whole", True)]
+    size = {"score_threshold": 0.0, "rows": 1000, "categories": 1203} | changes
+    return [
+        {"case": {"kind": kind, "per_class": each, **size}, "ratio": 100.0, "identical": True}
+        for kind, each in cases
+    ]
+
+
+def test_the_goal_of_detections_needs_its_size_and_every_kind() -> None:
+    def verdict(entries: list[dict[str, Any]]) -> str:
+        measured = goals.Measurements("cpu", detections=entries)
+        return verdicts(measured, "CPU, detections").popitem()[1]
+
+    assert verdict(detections()) == "met"
+    assert verdict(detections()[:2]) == "incomplete"
+    assert verdict(detections(rows=20)) == "not measured"
+    slow = detections()
+    slow[1]["ratio"] = 49.0
+    assert verdict(slow) == "missed"
+
+
+def test_a_full_run_measures_what_the_goals_need() -> None:
+    for device, programs in (
+        ("cpu", ((bench_loss, goals.CPU_LOSS), (bench_scores, goals.CPU_SCORES))),
+        ("cuda", ((bench_loss, goals.GPU_LOSS), (bench_scores, goals.GPU_SCORES))),
+    ):
+        for program, rules in programs:
+            needed = {case for rule in rules for case in rule.needs}
+            assert needed
+            assert needed <= {case for case, _ in cases_of(program, device)}
+
+
+def cases_of(program: Any, device: str) -> Iterator[tuple[Case, argparse.Namespace]]:
+    """The sizes that a full run measures with a program, and the options with which it does."""
+    for script, *arguments in run_all.parts_to_run(device, quick=False):
+        if script != f"{program.__name__}.py":
+            continue
+        arguments = ["cpu" if a == "cuda" else a for a in arguments]
+        if program is bench_loss:
+            options = bench_loss.parse_loss(arguments)
+        else:
+            parser = bench_scores.common_parser("", bench_scores.ROWS)
+            options = bench_scores.parse(parser, arguments)
+        for name in options.layout:
+            for case in program.cases(profiles.named_profile(name), options):
+                yield case, options
 
 
 def test_goals_of_a_gpu() -> None:
@@ -688,6 +775,11 @@ def test_goals_of_a_gpu() -> None:
     # The best dense one is Liger's: 1.5 / 0.6, as no graph can hold it.
     dense = "GPU, 10 % foreground, R >= 8192: best dense cross-entropy / ours"
     assert found[dense].found.startswith("2.50 ")
+    assert "10%; best: dense, Liger)" in found[dense].found
+    for times in loss[1].times.values():
+        times.pop("dense, Liger", None)
+    found = {goal.what: goal for goal in goals.all_goals(measured)}
+    assert "10%; best: dense, QuACK; without dense, Liger)" in found[dense].found
     loss[1].counts[goals.WAITS]["bags (auto)"] = 1
     same["lvis_v0.5"]["bags (auto)"] = False
     found = {goal.what: goal for goal in goals.all_goals(measured)}
@@ -696,6 +788,19 @@ def test_goals_of_a_gpu() -> None:
         "GPU, loss: waits of the host",
         "GPU, loss and gradient for the same seed",
     }
+
+
+def test_scores_of_16_bits_are_not_held_against_a_copy_of_fewer_bytes() -> None:
+    def result(dtype: str, rows: int, ours: float) -> Result:
+        times = {"bags (auto)": fixed(ours), "copy": fixed(1.0)}
+        return Result(Case("lvis_v0.5", 1236, dtype, rows), None, {goals.COLD: times})
+
+    wide = [result("float32", rows, 1.1) for rows in (8192, 65536)]
+    measured = goals.Measurements("cuda", scores=[wide[0], result("bfloat16", 8192, 1.5)])
+    goal = "GPU, scores, float32, R >= 8192: ours / copy"
+    assert verdicts(measured, goal).popitem()[1] == "incomplete"
+    measured.scores.append(wide[1])
+    assert verdicts(measured, goal).popitem()[1] == "met"
 
 
 def test_a_value_that_rounds_to_the_limit_shows_why_it_missed() -> None:
@@ -752,7 +857,12 @@ def test_the_record_says_how_it_was_made(results: Path) -> None:
     assert {"commit", "torch", "numpy", "python", "processor"} <= record["environment"].keys()
     assert len(record["parts"]) == 4
     assert record["parts"][0]["command"].startswith("python benchmarks/bench_loss.py --rows 16 32")
-    assert {goal["verdict"] for goal in record["goals"]} <= {"met", "missed", "not measured"}
+    assert {goal["verdict"] for goal in record["goals"]} <= {
+        "met",
+        "missed",
+        "incomplete",
+        "not measured",
+    }
 
 
 def test_a_run_that_is_stopped_leaves_older_results(
