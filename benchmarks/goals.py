@@ -18,6 +18,7 @@ from judging import (
     ratio,
     time_of,
 )
+from matrix import WIDTHS
 from records import ALL_ACTIVE_FOREGROUND, Case, Result, number
 
 BOTH = "both, wall"
@@ -27,7 +28,6 @@ MEMORY = "peak memory / logits"
 WAITS = "waits of the host"
 NARROW = 1300
 """Columns up to which a layout is of LVIS size."""
-WIDTHS = {"lvis_v0.5": 1236, "v3det": 13210}
 SHARES = (0.05, 0.10, 0.25)
 DENSE = ("dense", "dense, Liger", "dense, QuACK")
 FULL, HALF = ("float32",), ("bfloat16",)

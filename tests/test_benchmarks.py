@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ sys.path.append(str(BENCHMARKS))
 import bench_detections  # noqa: E402
 import bench_loss  # noqa: E402
 import bench_scores  # noqa: E402
+import children  # noqa: E402
 import cuda_measures  # noqa: E402
 import goals  # noqa: E402
+import matrix  # noqa: E402
 import peak_memory  # noqa: E402
 import peers  # noqa: E402
 import profiles  # noqa: E402
@@ -827,7 +830,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*detections, "--quick"],
         ["bench_loss.py", "--rows", "many"],
     ]
-    arguments = ["--device", "cpu", "--quick", "--output", str(folder)]
+    for suffix in run_all.PLOTS:
+        (folder / f"{run_all.machine_name(CPU)}-{suffix}.png").write_text("an earlier run's")
+    (folder / "another-machine-loss-graph.png").write_text("another machine's")
+    arguments = ["--device", "cpu", "--quick", "--minutes", "inf", "--output", str(folder)]
     assert run_all.main(arguments, parts) == 1
     return folder
 
@@ -843,9 +849,12 @@ def test_the_page_says_everything(results: Path) -> None:
     assert "`python benchmarks/bench_loss.py --rows many`: bench_loss.py: error" in page
     assert "dense, Liger: liger-kernel needs a GPU" in page
     assert "most sizes and rounds: --quick" in page
+    assert "\n- loss, lvis_v1, float16: R = 512, R = 1024, R = 8192, R = 65536\n" in page
+    assert "Out of time" not in page
     names = {file.name for file in results.iterdir()}
     stem = page_file.stem
-    assert names == {f"{stem}.md", f"{stem}.json", f"{stem}-loss.png", f"{stem}-scores.png"}
+    written = {f"{stem}.md", f"{stem}.json", f"{stem}-loss.png", f"{stem}-scores.png"}
+    assert names == written | {"another-machine-loss-graph.png"}
     assert f"]({stem}-loss.png)" in page
     assert (results / f"{stem}-loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -883,6 +892,130 @@ def test_a_run_that_is_stopped_leaves_older_results(
     assert {file: file.read_text() for file in tmp_path.iterdir()} == older
 
 
+def test_ctrl_c_keeps_the_parts_that_are_done_beside_older_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stem = run_all.machine_name(CPU)
+    (tmp_path / f"{stem}.md").write_text("older")
+    parts = iter([Part("python first.py", None, "no kernel image")])
+
+    def run_part(*arguments: object) -> Part:
+        for part in parts:
+            return part
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_all, "run_part", run_part)
+    arguments = ["--device", "cpu", "--output", str(tmp_path)]
+    assert run_all.main(arguments, [LOSS_PART, LOSS_PART]) == 1
+    page = (tmp_path / f"{stem}-interrupted.md").read_text()
+    assert "Interrupted" in page
+    assert "`python first.py`: no kernel image" in page
+    assert (tmp_path / f"{stem}-interrupted.json").exists()
+    assert (tmp_path / f"{stem}.md").read_text() == "older"
+
+
+def test_a_page_that_cannot_be_written_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(run_all, "write_bytes", full)
+    with pytest.raises(SystemExit, match="No space left"):
+        run_all.main(["--device", "cpu", "--output", str(tmp_path)], [])
+    assert "## Skipped and not measured" in capsys.readouterr().out
+
+
+def test_parts_without_time_are_no_fault(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--minutes", "0", "--output", str(tmp_path)]
+    assert run_all.main(arguments, [LOSS_PART]) == 0
+    (page_file,) = tmp_path.glob("*.md")
+    page = page_file.read_text()
+    assert "## Faults" not in page
+    late = page.split("\n## Out of time\n")[1].split("\n## ")[0]
+    assert "--rows 16 32" in late
+    assert "not started, the time was over" in late
+
+
+def test_how_a_part_ended() -> None:
+    def blame(status: int, stopped: bool, record: dict[str, Any] | None) -> dict[str, str]:
+        ended = children.Ended(status, stopped, "Traceback\nValueError: no")
+        return run_all._how_it_ended(ended, record, 90.0)
+
+    assert blame(0, False, {"faults": []}) == {}
+    assert blame(1, False, {"faults": ["it disagrees"]}) == {}
+    assert blame(1, False, {"faults": []}) == {"problem": "ValueError: no"}
+    assert blame(1, False, None) == {"problem": "ValueError: no"}
+    assert blame(-9, True, {"faults": []}) == {"late": "stopped after 90 seconds"}
+    assert "without a result" in blame(-9, True, None)["problem"]
+
+
+def test_a_child_is_stopped_when_its_time_is_over() -> None:
+    said: list[str] = []
+    code = "import time; print('begun', flush=True); time.sleep(100)"
+    ended = children.run_child([sys.executable, "-c", code], 1.0, said.extend)
+    assert (said, ended.stopped) == (["begun\n"], True)
+
+
+@pytest.mark.parametrize("seconds", [60.0, math.inf])
+def test_a_child_has_its_time(seconds: float) -> None:
+    said: list[str] = []
+    code = "import sys; print('done'); sys.exit('no more')"
+    ended = children.run_child([sys.executable, "-c", code], seconds, said.extend)
+    assert said == ["done\n"]
+    assert ended == children.Ended(1, False, "no more")
+
+
+def test_the_gpu_tests_take_none_of_the_benchmarks_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+
+    def run_tests() -> str:
+        now[0] += 3600
+        return "passed"
+
+    given = []
+
+    def run_part(arguments: list[str], seconds: float) -> Part:
+        given.append(seconds)
+        return Part("", None)
+
+    monkeypatch.setattr(run_all.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(run_all, "run_tests", run_tests)
+    monkeypatch.setattr(run_all, "run_part", run_part)
+    arguments = ["--device", "cpu", "--tests", "--minutes", "8", "--output", str(tmp_path)]
+    assert run_all.main(arguments, [LOSS_PART]) == 0
+    assert given == [480.0]
+
+
+def test_sizes_of_one_table_are_measured_alike() -> None:
+    """And losses are scaled at some of them."""
+    for device in ("cpu", "cuda"):
+        for program in (bench_loss, bench_scores):
+            bursts: dict[tuple[str, str], set[int]] = {}
+            for case, options in cases_of(program, device):
+                bursts.setdefault((case.layout, case.dtype), set()).add(options.burst)
+            assert all(len(different) == 1 for different in bursts.values())
+        assert any(case.loss_scale > 1 for case, _ in cases_of(bench_loss, device))
+
+
+def test_sizes_that_are_left_open_are_listed() -> None:
+    def result(rows: int, share: float, *, all_active: bool = False) -> Result:
+        case = Case("lvis_v0.5", 1236, "float32", rows, share, all_active)
+        return Result(case, times={"both, wall": {"copy": fixed(1)}})
+
+    shares = (0.0, 0.05, 0.10, 0.25)
+    results = [result(rows, share) for rows in matrix.ROWS for share in shares]
+    results += [result(rows, 0.25, all_active=True) for rows in matrix.ROWS[1:]]
+    failed = result(8192, 0.10)
+    failed.times = {"both, wall": {}}
+    results[results.index(result(8192, 0.10))] = failed
+    lines = matrix.unmeasured(results)
+    assert lines[0] == "loss, lvis_v0.5, float32: R = 512 (all active), R = 8192 (10%)"
+    assert len(lines) == 3 * 3
+
+
 def test_parts_of_the_same_size_are_put_together() -> None:
     case: dict[str, Any] = {"layout": "lvis_v0.5", "logits": 1236, "dtype": "float32", "rows": 8}
     case |= {"foreground": 0.1, "all_active": False}
@@ -897,7 +1030,7 @@ def test_parts_of_the_same_size_are_put_together() -> None:
     assert len(found.loss) == 1
     medians = {kind: times["copy"].median for kind, times in found.loss[0].times.items()}
     assert medians == {"both, wall": 1, "forward, wall": 2}
-    page = make_page(Outcome("m", "cpu", {}, "", parts, tests="3 passed"), found, [])
+    page = make_page(Outcome("m", "cpu", {}, "", parts, tests="3 passed"), found, {})
     assert page.index("## GPU tests\n\n3 passed") < page.index("## Goals")
 
 
@@ -916,18 +1049,26 @@ def test_every_part_of_every_run_can_be_parsed() -> None:
                     bench_detections.parse(arguments)
 
 
-def test_the_gpu_tests_are_run_and_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pytest_says(status: int, text: str) -> None:
-        done = subprocess.CompletedProcess([], status, text, "")
-        monkeypatch.setattr(run_all.subprocess, "run", lambda *args, **kwargs: done)
+def test_the_gpu_tests_are_run_and_summed_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pytest_says(status: int, text: str, stopped: bool = False) -> None:
+        def run_child(command: list[str], seconds: float, show: Any, folder: Path) -> Any:
+            show(StringIO(text))
+            return children.Ended(status, stopped, "")
+
+        monkeypatch.setattr(run_all, "run_child", run_child)
 
     pytest_says(0, "...\nSKIPPED [1] tests/a.py: because\n3 passed, 1 skipped in 0.1s")
     text = run_all.run_tests()
     assert "gpu`: passed." in text
     assert "because" in text
+    assert "...\nSKIPPED" in capsys.readouterr().out
     pytest_says(0, "sss\nSKIPPED [3] tests/a.py: needs a GPU\n3 skipped in 0.1s")
     assert "gpu`: none ran." in run_all.run_tests()
     pytest_says(5, "100 deselected in 0.1s")
     assert "gpu`: none ran." in run_all.run_tests()
     pytest_says(1, "F\nFAILED tests/a.py::b - no\n1 failed in 0.1s")
     assert "gpu`: FAILED (exit status 1)." in run_all.run_tests()
+    pytest_says(-9, "...", stopped=True)
+    assert "gpu`: FAILED (stopped after 30 minutes)." in run_all.run_tests()
