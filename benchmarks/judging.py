@@ -89,7 +89,7 @@ def _short(case: Case) -> str:
 
 def _list(cases: frozenset[Case]) -> str:
     first, *more = sorted(map(_short, cases))
-    return f"{first} and {len(more)} more sizes" if more else first
+    return f"{first} and {len(more)} more" if more else first
 
 
 def time_of(result: Result, kind: str, name: str) -> float | None:

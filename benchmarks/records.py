@@ -77,7 +77,8 @@ class Result:
             return measure()
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.problems.append(f"{what}: {reason}")
+            if (problem := f"{what}: {reason}") not in self.problems:
+                self.problems.append(problem)
             return None
 
 

@@ -681,7 +681,7 @@ def test_a_goal_is_not_met_where_a_size_that_it_needs_was_not_measured() -> None
     measured = goals.Measurements("cpu", loss=quick)
     (goal,) = (goal for goal in goals.all_goals(measured) if goal.what == faster)
     assert goal.verdict == "incomplete"
-    missing = "float32, L = 1236, R = 1024, 10% and 3 more sizes"
+    missing = "float32, L = 1236, R = 1024, 10% and 3 more"
     assert goal.found.endswith(f"; not measured: {missing}")
     quick[0].times[goals.BOTH]["original"] = fixed(5.0)
     assert verdicts(measured, faster) == {faster: "missed"}
