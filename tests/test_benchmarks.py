@@ -957,6 +957,7 @@ def test_a_child_is_stopped_when_its_time_is_over() -> None:
     assert (said, ended.stopped) == (["begun\n"], True)
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("seconds", [60.0, math.inf])
 def test_a_child_has_its_time(seconds: float) -> None:
     said: list[str] = []
