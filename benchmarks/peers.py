@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from profiles import Profile
+from records import brief
 from torch import Tensor
 
 from balanced_group_softmax import grouped_softmax_loss
@@ -200,12 +201,6 @@ def agreement(peer: Peer, model: Peer, logits: Tensor, labels: Tensor) -> tuple[
         abs(loss - expected) / max(abs(expected), 1.0),
         float((gradient - expected_gradient).abs().max() / expected_gradient.abs().max()),
     )
-
-
-def brief(error: BaseException) -> str:
-    """The first line of an error, with its type."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def merge_as_original(
