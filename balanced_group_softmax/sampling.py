@@ -106,7 +106,8 @@ def check_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tens
         TypeError: if they are not a tensor of integers.
         ValueError: if they are not one-dimensional or, on the CPU, one is out of range.
     """
-    as_int(ignore_index, "ignore_index")
+    if not -(2**63) <= as_int(ignore_index, "ignore_index") < 2**63:
+        raise ValueError(f"Expected `ignore_index` to fit 64 bits, got {ignore_index}")
     if not isinstance(labels, Tensor):
         raise TypeError(f"Expected `labels` to be a Tensor, got {type(labels).__name__}")
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:

@@ -19,74 +19,98 @@ import argparse
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+from arguments import factor, share_of_rows, whole
 from buffers import BUFFERS, Copies, LossSteps, bytes_of_logits, make_logits, number_of_buffers
-from cuda_measures import measure_steps
+from cuda_measures import measure_launches, measure_steps
 from peak_memory import in_fresh_process
-from peers import Peer, agreement, brief, loss_peers
-from profiles import (
-    OTHERS_RATIO,
-    Profile,
-    draw_labels,
-    live_fraction,
-)
+from peers import Peer, agreement, loss_peers
+from profiles import OTHERS_RATIO, Profile, draw_labels, live_fraction
 from program import Run, common_parser, parse
-from records import OURS, Case, Result
+from records import ALL, ALL_ACTIVE_FOREGROUND, OURS, Case, Result, brief
 from timing import Call, Timing, interleave
 
 ROWS = (128, 512, 1024, 8192)
 FOREGROUND = ("0.05", "0.10", "0.25")
-ALL = "all"
-ALL_ACTIVE_FOREGROUND = 0.25
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 
 
-def measure(
-    case: Case, peers: list[Peer], profile: Profile, ratio: float, options: argparse.Namespace
-) -> Result:
-    """Everything at one size. What fails is noted, and the rest is measured."""
-    device = torch.device(options.device)
-    result = Result(case)
-    buffers = number_of_buffers(case, device)
-    labels = [
-        draw_labels(case.rows, case.foreground or 0.0, profile, seed, every_group=case.all_active)
-        for seed in range(buffers)
-    ]
-    result.live = sum(live_fraction(each, profile, ratio) for each in labels) / buffers
-    labels = [each.to(device) for each in labels]
-    logits = make_logits(case, buffers, device)
-    copies = Copies(logits)
+@dataclass(frozen=True)
+class Bench:
+    """What is measured alike at all sizes of a layout."""
 
-    steps: dict[str, LossSteps] = {}
-    for peer in peers:
-        if peer.compiled:
-            if options.compile and case.rows not in options.compile:
-                continue
-            # Compiled for this size alone; the second size would make the sizes variable.
-            torch.compiler.reset()
-        own = make_logits(case, buffers, device) if peer.overwrites else logits
-        trial = LossSteps(peer.loss, own, labels, options.loss_scale)
-        if result.attempt(peer.name, partial(trial.gradient, 0)) is not None:
-            steps[peer.name] = trial
+    peers: list[Peer]
+    profile: Profile
+    ratio: float
+    options: argparse.Namespace
 
-    for one_pass in options.passes:
-        timed = partial(wall_times, one_pass, steps, copies, options)
-        result.times[f"{one_pass}, {options.clock}"] = result.attempt(one_pass, timed) or {}
-    if device.type == "cuda":
-        measure_steps(
-            result,
-            {name: step.gradient for name, step in steps.items()} | {"copy": copies.step},
-            buffers=buffers,
-            bytes_of_logits=bytes_of_logits(case),
-            rounds=options.rounds,
-            device=device,
-        )
-    elif case.rows in options.peaks:
-        peaks = result.attempt("peak memory", partial(peak_memory, case, options))
-        result.counts["peak memory / logits"] = peaks or {}
-    return result
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.options.device)
+
+    def set_up(self, result: Result) -> tuple[dict[str, LossSteps], Copies]:
+        """Every alternative that works at one size, and a copy, on the same buffers."""
+        case = result.case
+        buffers = number_of_buffers(case, self.device)
+        labels = [
+            draw_labels(
+                case.rows, case.foreground or 0.0, self.profile, seed, every_group=case.all_active
+            )
+            for seed in range(buffers)
+        ]
+        result.live = sum(live_fraction(v, self.profile, self.ratio) for v in labels) / buffers
+        labels = [each.to(self.device) for each in labels]
+        logits = make_logits(case, buffers, self.device)
+
+        def tried(peer: Peer) -> LossSteps:
+            own = make_logits(case, buffers, self.device) if peer.overwrites else logits
+            steps = LossSteps(peer.loss, own, labels, case.loss_scale)
+            steps.gradient(0)
+            return steps
+
+        steps: dict[str, LossSteps] = {}
+        for peer in self.peers:
+            if peer.compiled:
+                if self.options.compile and case.rows not in self.options.compile:
+                    continue
+                # Compiled for this size alone; the second size would make the sizes variable.
+                torch.compiler.reset()
+            works = result.attempt(peer.name, partial(tried, peer))
+            if works is not None:
+                steps[peer.name] = works
+        return steps, Copies(logits)
+
+    def measure(self, result: Result) -> None:
+        """All but what a profiler sees. What fails is noted, and the rest is measured."""
+        steps, copies = self.set_up(result)
+        for one_pass in self.options.passes:
+            timed = partial(wall_times, one_pass, steps, copies, self.options)
+            kind = f"{one_pass}, {self.options.clock}"
+            result.times[kind] = result.attempt(one_pass, timed) or {}
+        if self.device.type == "cuda":
+            measure_steps(
+                result,
+                gradients(steps, copies),
+                buffers=len(copies.sources),
+                bytes_of_logits=bytes_of_logits(result.case),
+                rounds=self.options.rounds,
+                device=self.device,
+            )
+        elif result.case.rows in self.options.peaks:
+            peaks = result.attempt("peak memory", partial(peak_memory, result.case, self.options))
+            result.counts["peak memory / logits"] = peaks or {}
+
+    def measure_launches(self, result: Result) -> None:
+        measure_launches(result, gradients(*self.set_up(result)), self.device)
+
+
+def gradients(steps: Mapping[str, LossSteps], copies: Copies) -> dict[str, Call]:
+    """The step of each alternative of which a GPU's measures are taken."""
+    calls: dict[str, Call] = {name: step.gradient for name, step in steps.items()}
+    return calls | {"copy": copies.step}
 
 
 def wall_times(
@@ -178,6 +202,7 @@ def parse_loss(arguments: list[str] | None) -> argparse.Namespace:
     parser = common_parser(__doc__, ROWS)
     parser.add_argument(
         "--foreground",
+        type=share_of_rows,
         nargs="+",
         default=list(FOREGROUND),
         help=f"shares of foreground rows, and `{ALL}`: every row counts in every group",
@@ -186,14 +211,14 @@ def parse_loss(arguments: list[str] | None) -> argparse.Namespace:
         "--passes", nargs="+", default=["both"], choices=["forward", "backward", "both"]
     )
     parser.add_argument(
-        "--loss-scale", type=float, default=1.0, help="multiply every loss by this, as AMP does"
+        "--loss-scale", type=factor, default=1.0, help="multiply every loss by this, as AMP does"
     )
     parser.add_argument(
-        "--compile", type=int, nargs="*", metavar="R", help="also time torch.compile (at these R)"
+        "--compile", type=whole, nargs="*", metavar="R", help="also time torch.compile (at these R)"
     )
     parser.add_argument(
         "--peaks",
-        type=int,
+        type=whole,
         nargs="*",
         default=[],
         metavar="R",
@@ -209,34 +234,29 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_loss(arguments)
     run = Run("loss", options)
     compiled = options.compile is not None
-    reproducible = {}
     for profile in run.profiles():
-        peers = {}
+        benches = {}
         for ratio in (OTHERS_RATIO, math.inf):
-            peers[ratio], reasons = loss_peers(
-                profile, ratio, run.device, options.impl, compiled=compiled
-            )
+            peers, reasons = loss_peers(profile, ratio, run.device, options.impl, compiled=compiled)
+            benches[ratio] = Bench(peers, profile, ratio, options)
             run.skipped |= reasons
-        run.agreement[profile.name] = check_agreement(peers[math.inf], profile, run.device)
-        reproducible[profile.name] = check_reproducible(peers[OTHERS_RATIO], profile, run.device)
+        certain, drawn = benches[math.inf].peers, benches[OTHERS_RATIO].peers
+        run.agreement[profile.name] = check_agreement(certain, profile, run.device)
+        run.reproducible[profile.name] = check_reproducible(drawn, profile, run.device)
         for case in cases(profile, options):
-            if run.has_time_for(case):
-                ratio = math.inf if case.all_active else OTHERS_RATIO
-                run.add(measure(case, peers[ratio], profile, ratio, options))
+            bench = benches[math.inf if case.all_active else OTHERS_RATIO]
+            run.measure(case, bench.measure, bench.measure_launches)
     if options.quick:
         run.skipped["other shares of foreground, most rounds"] = "--quick"
-    run.more = {
-        "others_ratio": OTHERS_RATIO,
-        "loss_scale": options.loss_scale,
-        "reproducible": reproducible,
-    }
+    run.more = {"others_ratio": OTHERS_RATIO}
     return run.finish(relative_to="original")
 
 
 def cases(profile: Profile, options: argparse.Namespace) -> Iterator[Case]:
     for dtype, share, rows in itertools.product(options.dtype, options.foreground, options.rows):
         foreground = ALL_ACTIVE_FOREGROUND if share == ALL else float(share)
-        yield Case(profile.name, profile.num_logits, dtype, rows, foreground, share == ALL)
+        size = (profile.name, profile.num_logits, dtype, rows)
+        yield Case(*size, foreground, share == ALL, options.loss_scale)
 
 
 if __name__ == "__main__":

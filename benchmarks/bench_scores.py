@@ -17,16 +17,16 @@ within a CUDA graph, launches, waits of the host and peak memory, as in `bench_l
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from buffers import BUFFERS, Copies, bytes_of_logits, make_logits, number_of_buffers
-from cuda_measures import measure_steps
-from peers import brief, merge_as_original, score_arguments
+from cuda_measures import measure_launches, measure_steps
+from peers import merge_as_original, score_arguments, why_not_timed
 from profiles import Profile
 from program import Run, common_parser, parse
-from records import OURS, Case, Result
+from records import OURS, Case, Result, brief
 from timing import Call, interleave
 from torch import Tensor
 
@@ -45,6 +45,9 @@ def score_peers(
     peers: dict[str, Scores] = {}
     skipped: dict[str, str] = {}
     for impl in impls:
+        if why_not := why_not_timed(impl, device):
+            skipped[f"{OURS} ({impl})"] = why_not
+            continue
         ours = partial(grouped_softmax_scores, layout=profile.layout, impl=impl)
         try:
             ours(torch.zeros(2, profile.num_logits, device=device))
@@ -73,11 +76,10 @@ def check_agreement(
     return found
 
 
-def measure(case: Case, peers: dict[str, Scores], options: argparse.Namespace) -> Result:
-    device = torch.device(options.device)
-    result = Result(case)
-    buffers = number_of_buffers(case, device)
-    logits = make_logits(case, buffers, device)
+def set_up(result: Result, peers: dict[str, Scores], device: torch.device) -> dict[str, Call]:
+    """Every alternative that works at one size, and a copy, on the same buffers."""
+    buffers = number_of_buffers(result.case, device)
+    logits = make_logits(result.case, buffers, device)
 
     def step(scores: Scores, turn: int) -> Tensor:
         return scores(logits[turn % buffers])
@@ -87,6 +89,14 @@ def measure(case: Case, peers: dict[str, Scores], options: argparse.Namespace) -
         if result.attempt(name, partial(step, scores, 0)) is not None:
             steps[name] = partial(step, scores)
     steps["copy"] = Copies(logits).step
+    return steps
+
+
+def measure(result: Result, peers: dict[str, Scores], options: argparse.Namespace) -> None:
+    """All but what a profiler sees. What fails is noted, and the rest is measured."""
+    device = torch.device(options.device)
+    buffers = number_of_buffers(result.case, device)
+    steps = set_up(result, peers, device)
     timed = partial(
         interleave,
         steps,
@@ -103,11 +113,19 @@ def measure(case: Case, peers: dict[str, Scores], options: argparse.Namespace) -
             result,
             steps,
             buffers=buffers,
-            bytes_of_logits=bytes_of_logits(case),
+            bytes_of_logits=bytes_of_logits(result.case),
             rounds=options.rounds,
             device=device,
         )
-    return result
+
+
+def launches(result: Result, peers: dict[str, Scores], device: torch.device) -> None:
+    measure_launches(result, set_up(result, peers, device), device)
+
+
+def cases(profile: Profile, options: argparse.Namespace) -> Iterator[Case]:
+    for dtype, rows in itertools.product(options.dtype, options.rows):
+        yield Case(profile.name, profile.num_logits, dtype, rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -118,11 +136,13 @@ def main(arguments: list[str] | None = None) -> int:
             peers, reasons = score_peers(profile, run.device, options.impl)
             run.skipped |= reasons
             run.agreement[profile.name] = check_agreement(peers, profile, run.device)
-            for dtype, rows in itertools.product(options.dtype, options.rows):
-                case = Case(profile.name, profile.num_logits, dtype, rows)
-                if run.has_time_for(case):
-                    run.add(measure(case, peers, options))
-    return run.finish(relative_to="original")
+            for case in cases(profile, options):
+                run.measure(
+                    case,
+                    partial(measure, peers=peers, options=options),
+                    partial(launches, peers=peers, device=run.device),
+                )
+        return run.finish(relative_to="original")
 
 
 if __name__ == "__main__":

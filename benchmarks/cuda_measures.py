@@ -4,21 +4,29 @@ A step is a function of the round number, which picks the input buffers; it retu
 so that the caller decides how long that lives.
 """
 
+import bisect
 import contextlib
 import gc
 import json
 import math
+import statistics
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from records import Result
 from timing import Call, Timing, summarize
 
 STEPS_IN_A_GRAPH = 32
+LAUNCHING = 1_000_000
+"""Cycles of the GPU, about half a millisecond, in which the host launches a graph."""
+TRACED = 10
+"""Steps that the profiler sees of each alternative."""
+STEP = "one step"
 WAIT = "called a synchronizing"
 DEFAULT_L2 = 50 << 20
 BUSY = "GPU busy, one step"
@@ -34,7 +42,11 @@ def measure_steps(
     rounds: int,
     device: torch.device,
 ) -> None:
-    """Adds to a result all that this module measures, for each alternative."""
+    """Adds to a result all that can be measured without a profiler, for each alternative.
+
+    A step in which the host waits is never captured: on older versions of PyTorch a capture that
+    fails leaves its traces in the whole process.
+    """
     graphs = {"graph, cold": buffers, "graph, warm": 1}
     for name, step in steps.items():
         waits = result.attempt(f"{name}, waits", partial(host_waits, step, device))
@@ -49,17 +61,34 @@ def measure_steps(
             timing = result.attempt(f"{name}, {kind}", time_it)
             if timing is not None:
                 result.times.setdefault(kind, {})[name] = timing
+        free_memory()
+
+
+def measure_launches(result: Result, steps: Mapping[str, Call], device: torch.device) -> None:
+    """Adds to a result what a profiler sees of each alternative.
+
+    Comes after all that is timed: what the profiler has attached to the driver stays there.
+    """
+    for name, step in steps.items():
         seen = result.attempt(f"{name}, launches", partial(launches, step, device))
         if seen is not None:
             number, busy = seen
             result.count("launches", name, number)
-            result.times.setdefault(BUSY, {})[name] = summarize([busy])
-        gc.collect()
+            result.times.setdefault(BUSY, {})[name] = busy
+
+
+def free_memory() -> None:
+    """Hand back what nobody holds any more, so that a large size leaves room for the next."""
+    gc.collect()
+    with contextlib.suppress(RuntimeError):  # older versions refuse after a capture that failed
         torch.cuda.empty_cache()
 
 
 def buffers_that_exceed_the_cache(buffer_bytes: int, device: torch.device) -> int:
-    """How many buffers to take in turns so that none is still in L2 when its turn comes."""
+    """How many buffers to take in turns so that none is still in L2 when its turn comes.
+
+    At most 128: of a buffer below 0.6 MB (with 50 MB of L2) some still is.
+    """
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or DEFAULT_L2
     return max(2, min(128, math.ceil(1.5 * cache / max(buffer_bytes, 1))))
 
@@ -67,10 +96,10 @@ def buffers_that_exceed_the_cache(buffer_bytes: int, device: torch.device) -> in
 def graph_time(step: Call, device: torch.device, *, buffers: int, rounds: int) -> Timing:
     """Milliseconds of a step inside a CUDA graph of many.
 
-    The graph holds at least `STEPS_IN_A_GRAPH` steps one after the other, so that neither the
-    host nor the launch of the graph is part of the time. What a step made lives until its buffer's
-    next turn: with one buffer everything stays in the same place and so in L2 (warm), with
-    enough of them neither inputs nor outputs are there (cold).
+    The graph holds at least `STEPS_IN_A_GRAPH` steps one after the other, and is launched while
+    the GPU is held up, so that neither the host nor the launch is part of the time. What a step
+    made lives until its buffer's next turn: with one buffer everything stays in the same place and
+    so in L2 (warm), with enough of them neither inputs nor outputs are there (cold).
 
     A step that makes the host wait cannot be captured: count its waits first.
     """
@@ -103,6 +132,7 @@ def graph_time(step: Call, device: torch.device, *, buffers: int, rounds: int) -
     for _ in range(rounds):
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(LAUNCHING)
         start.record()
         graph.replay()
         end.record()
@@ -122,23 +152,35 @@ def _forget_failed_capture(device: torch.device) -> None:
             ones.add_(1)
 
 
-def launches(step: Call, device: torch.device) -> tuple[int, float]:
-    """Kernels, copies and fills of one step, and the milliseconds that they keep the GPU busy."""
+def launches(step: Call, device: torch.device) -> tuple[float, Timing]:
+    """Kernels, copies and fills of a step, and the milliseconds that they keep the GPU busy."""
     step(0)
     torch.cuda.synchronize(device)
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
-        made = step(1)
-        torch.cuda.synchronize(device)
-    del made
+        for turn in range(TRACED):
+            with torch.profiler.record_function(STEP):
+                step(turn)
+                torch.cuda.synchronize(device)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    if not work:
+    return median_step(events)
+
+
+def median_step(events: Sequence[Mapping[str, Any]]) -> tuple[float, Timing]:
+    """Number and milliseconds of the work on the GPU in a step, of the events of a trace."""
+    marks = [e["ts"] for e in events if e.get("cat") == "user_annotation" and e["name"] == STEP]
+    marks.sort()
+    durations: list[list[float]] = [[] for _ in marks]
+    for event in events:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            step = max(bisect.bisect(marks, event["ts"]) - 1, 0)
+            durations[step].append(float(event["dur"]) / 1000)
+    if not any(durations):
         raise RuntimeError("the profiler saw no work on the GPU")
-    return len(work), sum(float(event["dur"]) for event in work) / 1000
+    return statistics.median(map(len, durations)), summarize([sum(each) for each in durations])
 
 
 def host_waits(step: Call, device: torch.device) -> int:
@@ -157,13 +199,12 @@ def host_waits(step: Call, device: torch.device) -> int:
 
 
 def peak_bytes(step: Call, device: torch.device) -> int:
-    """Most memory that tensors of a step take at once, its results included."""
+    """Most memory that a step asks for at once, its results included, before any rounding."""
     step(0)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    made = step(0)
+    before = torch.cuda.memory_stats(device)["requested_bytes.all.current"]
+    step(0)
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    del made
-    return peak
+    peak: int = torch.cuda.memory_stats(device)["requested_bytes.all.peak"]
+    return peak - before

@@ -37,13 +37,6 @@ def environment(device: torch.device) -> dict[str, str | int]:
     return facts
 
 
-def why_no_device(name: str) -> str:
-    """Why a device cannot be used; nothing if it can."""
-    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
-        return f"--device {name}: PyTorch {torch.__version__} finds no GPU"
-    return ""
-
-
 def machine_name(device: torch.device) -> str:
     """A file name: the GPU's model, or the processor's and how many cores there are of it."""
     if device.type == "cuda":

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from goals import Goal, Measurements, all_goals
+from goals import Measurements, all_goals
+from judging import Goal
+from matrix import unmeasured
 from records import Result, markdown_table, number, read_results, result_tables
 
 READING = """\
@@ -15,7 +17,8 @@ through more than the L2 cache holds, `warm` with one. `live` is the share of th
 (row, group) pairs that count in the loss, which decides what can be left out; the dense
 alternatives read all. `original` is the loop over groups (the merge of scores) of the method's
 first implementation, `loop` one without waits for the host, `dense` plain cross-entropy (softmax)
-over the same logits, `copy` a `copy_` of the logits. Ours writes its gradient in the forward pass,
+over the same logits, `copy` a `copy_` of the logits. `loss x 65536` marks rows whose loss is
+multiplied before backward, as in training in float16. Ours writes its gradient in the forward pass,
 so that a forward pass alone is compared with less work than it does."""
 
 
@@ -26,6 +29,9 @@ class Part:
     command: str
     record: Mapping[str, Any] | None
     problem: str = ""
+    """What went wrong."""
+    late: str = ""
+    """What there was no time for."""
 
 
 @dataclass
@@ -40,6 +46,12 @@ class Outcome:
     tests: str = ""
     """Outcome of the GPU tests; empty where they were not asked for."""
     skipped: dict[str, str] = field(default_factory=dict)
+    interrupted: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its files; those of an interrupted run replace none of a whole one."""
+        return f"{self.machine}-interrupted" if self.interrupted else self.machine
 
 
 def measurements(outcome: Outcome) -> Measurements:
@@ -73,24 +85,29 @@ def _merge(results: list[Result], more: Sequence[Result]) -> None:
             old.problems += new.problems
 
 
-def make_page(outcome: Outcome, found: Measurements, pictures: Sequence[tuple[str, str]]) -> str:
+def make_page(outcome: Outcome, found: Measurements, pictures: Mapping[str, str]) -> str:
     """The page as Markdown.
 
     Args:
         outcome: of the run.
         found: `measurements` of it.
-        pictures: title and file name of each plot.
+        pictures: the title of each plot, by file name.
     """
     facts = ", ".join(f"{name} {value}" for name, value in outcome.facts.items())
     blocks = [f"# Benchmarks: {outcome.machine}", f"`{outcome.command}`", facts]
+    if outcome.interrupted:
+        blocks.append("Interrupted: the parts below are those that were done.")
     if outcome.tests:
         blocks += ["## GPU tests", outcome.tests]
     blocks += ["## Goals", goals_table(all_goals(found))]
     faults = _faults(outcome)
     if faults:
         blocks += ["## Faults", _list(faults)]
+    late = [f"`{part.command}`: {part.late}" for part in outcome.parts if part.late]
+    if late:
+        blocks += ["## Out of time", _list(late)]
     blocks += ["## How to read the figures", READING, "## Agreement", _agreement(outcome)]
-    blocks += [f"![{title}]({name})" for title, name in pictures]
+    blocks += [f"![{title}]({file})" for file, title in pictures.items()]
     if found.loss:
         blocks += ["## Loss and gradient", result_tables(found.loss, relative_to="original")]
     if found.scores:
@@ -144,7 +161,7 @@ def _missing(outcome: Outcome, found: Measurements) -> list[str]:
             skipped.setdefault(name, reason)
     lines = [f"{name}: {reason}" for name, reason in skipped.items()]
     problems = (f"{r.case}: {text}" for r in (*found.loss, *found.scores) for text in r.problems)
-    return lines + list(dict.fromkeys(problems))
+    return lines + list(dict.fromkeys(problems)) + unmeasured(found.loss)
 
 
 def _list(lines: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import torch
+from arguments import counts_file, whole
 from peers import Peer, loss_peers
 from profiles import OTHERS_RATIO, PUBLISHED, Profile, draw_labels, named_profile, read_profile
 from timing import hold_memory
@@ -89,13 +90,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layout", choices=list(PUBLISHED), default="lvis_v0.5")
-    parser.add_argument("--counts", type=Path, help="JSON list of LVIS categories instead")
+    parser.add_argument("--counts", type=counts_file, help="JSON list of LVIS categories instead")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--rows", type=whole, default=8192)
     parser.add_argument("--foreground", type=float, default=0.25)
     parser.add_argument("--all-active", action="store_true")
     parser.add_argument("--impl", nargs="+", default=["auto"])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=whole, default=1)
     return parser.parse_args(arguments)
 
 

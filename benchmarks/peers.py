@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from profiles import Profile
+from records import brief
 from torch import Tensor
 
 from balanced_group_softmax import grouped_softmax_loss
@@ -122,6 +123,9 @@ def loss_peers(
     skipped: dict[str, str] = {}
     peers: list[Peer] = []
     for impl in impls:
+        if why_not := why_not_timed(impl, device):
+            skipped[f"bags ({impl})"] = why_not
+            continue
         ours = partial(grouped_softmax_loss, layout=profile.layout, others_ratio=ratio, impl=impl)
         peers.append(Peer(f"bags ({impl})", ours, grouped=True))
     peers.append(
@@ -135,6 +139,13 @@ def loss_peers(
     peers.append(Peer("dense", F.cross_entropy, grouped=False))
     peers += _installed(device, skipped)
     return [peer for peer in peers if _runs(peer, profile, device, skipped)], skipped
+
+
+def why_not_timed(impl: str, device: torch.device) -> str:
+    """Why one of our implementations is left out; nothing if it is not."""
+    if impl == "triton" and device.type != "cuda":
+        return "needs a GPU; interpreted kernels are not timed"
+    return ""
 
 
 def _installed(device: torch.device, skipped: dict[str, str]) -> Iterator[Peer]:
@@ -190,12 +201,6 @@ def agreement(peer: Peer, model: Peer, logits: Tensor, labels: Tensor) -> tuple[
         abs(loss - expected) / max(abs(expected), 1.0),
         float((gradient - expected_gradient).abs().max() / expected_gradient.abs().max()),
     )
-
-
-def brief(error: BaseException) -> str:
-    """The first line of an error, with its type."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def merge_as_original(

@@ -3,30 +3,34 @@
 import argparse
 import math
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
-from machine import environment, why_no_device
+from arguments import counts_file, device_name, limit, output_file, whole
+from cuda_measures import free_memory
+from machine import environment
 from profiles import PUBLISHED, Profile, named_profile, read_profile
-from records import OURS, Result, result_tables, write_json
+from records import OURS, Case, Result, result_tables, write_json
 from timing import CLOCKS, hold_memory
 
 DTYPES = ("float32", "bfloat16", "float16")
+Measure = Callable[[Result], None]
+MAX_SECONDS = "a size gets no new round after these, but three in any case"
 
 
 def common_parser(description: str | None, rows: Sequence[int]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_name, default="cpu")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--impl", nargs="+", default=["auto"], help="implementations of ours")
     parser.add_argument("--layout", nargs="+", default=["lvis_v0.5"], choices=list(PUBLISHED))
-    parser.add_argument("--counts", type=Path, help="JSON list of LVIS categories instead")
-    parser.add_argument("--rows", type=int, nargs="+", default=list(rows))
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--counts", type=counts_file, help="JSON list of LVIS categories instead")
+    parser.add_argument("--rows", type=whole, nargs="+", default=list(rows))
+    parser.add_argument("--threads", type=whole, default=1, help="CPU threads")
     parser.add_argument(
         "--clock",
         choices=list(CLOCKS),
@@ -40,17 +44,17 @@ def common_parser(description: str | None, rows: Sequence[int]) -> argparse.Argu
         help="freed memory: kept as in a long-running process, returned to the system as in a "
         "fresh one, or as the C library sees fit",
     )
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=whole, default=40)
     parser.add_argument(
         "--burst",
-        type=int,
+        type=whole,
         default=8,
         help="runs in a row; 1: every run finds the caches full of another alternative's work",
     )
-    parser.add_argument("--max-seconds", type=float, default=20.0, help="per size")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="no new size after these")
+    parser.add_argument("--max-seconds", type=limit, default=20.0, help=MAX_SECONDS)
+    parser.add_argument("--minutes", type=limit, default=math.inf, help="no new size after these")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, fewer sizes")
-    parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--json", type=output_file, help="write the record here")
     return parser
 
 
@@ -58,9 +62,6 @@ def parse(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argpa
     options = parser.parse_args(arguments)
     if options.quick:
         options.rounds, options.max_seconds = min(options.rounds, 10), min(options.max_seconds, 5.0)
-    why_not = why_no_device(options.device)
-    if why_not:
-        parser.error(why_not)
     return options
 
 
@@ -79,6 +80,8 @@ class Run:
         self.results: list[Result] = []
         self.skipped: dict[str, str] = {}
         self.agreement: dict[str, dict[str, dict[str, object]]] = {}
+        self.reproducible: dict[str, dict[str, bool]] = {}
+        self.untraced: list[tuple[Result, Measure]] = []
         self.more: dict[str, object] = {}
         print(", ".join(f"{name} {value}" for name, value in self.facts.items()), flush=True)
 
@@ -87,18 +90,35 @@ class Run:
             return [read_profile(self.options.counts)]
         return [named_profile(name) for name in self.options.layout]
 
-    def has_time_for(self, what: object) -> bool:
+    def measure(self, case: Case, measure: Measure, launches: Measure) -> None:
+        """Measure one size, if there is time, and write the record so far.
+
+        What fails is noted. On a GPU `launches` comes when every size has been timed, as a profiler
+        that has run slows what follows.
+        """
+        if not self._has_time_for(str(case)):
+            return
+        result = Result(case)
+        self.results.append(result)
+        result.attempt("this size", partial(measure, result))
+        free_memory()
+        print(result.progress(), flush=True)
+        if self.device.type == "cuda":
+            self.untraced.append((result, launches))
+        self._write()
+
+    def _has_time_for(self, what: str) -> bool:
         if time.monotonic() <= self.deadline:
             return True
-        self.skipped[str(what)] = f"{self.options.minutes:g} minutes were over"
+        self.skipped[what] = f"{self.options.minutes:g} minutes were over"
         return False
 
-    def add(self, result: Result) -> None:
-        self.results.append(result)
-        print(result.progress(), flush=True)
-
     def finish(self, *, relative_to: str) -> int:
-        """Print the tables and what is missing, write the record; the exit status."""
+        """Count launches, print tables and what is missing, write the record; the exit status."""
+        for result, launches in self.untraced:
+            if self._has_time_for(f"launches, {result.case}"):
+                result.attempt("launches", partial(launches, result))
+                free_memory()
         print(f"\n{result_tables(self.results, relative_to=relative_to)}\n")
         for result in self.results:
             for problem in result.problems:
@@ -108,28 +128,39 @@ class Run:
         faults = self.faults()
         for fault in faults:
             print(f"FAULT: {fault}")
-        if self.options.json:
-            settings = vars(self.options).items()
-            record = {
-                "benchmark": self.benchmark,
-                "environment": self.facts,
-                "options": {name: str(value) for name, value in settings if name != "json"},
-                "agreement": self.agreement,
-                **self.more,
-                "results": self.results,
-                "skipped": self.skipped,
-                "faults": faults,
-            }
-            write_json(self.options.json, record)
+        self._write()
         return 1 if faults else 0
 
+    def _write(self) -> None:
+        if self.options.json is None:
+            return
+        settings = vars(self.options).items()
+        record = {
+            "benchmark": self.benchmark,
+            "environment": self.facts,
+            "options": {name: str(value) for name, value in settings if name != "json"},
+            "agreement": self.agreement,
+            "reproducible": self.reproducible,
+            **self.more,
+            "results": self.results,
+            "skipped": self.skipped,
+            "faults": self.faults(),
+        }
+        write_json(self.options.json, record)
+
     def faults(self) -> list[str]:
-        """What must not happen: alternatives that disagree, or none of ours."""
+        """What must not happen: losses that disagree or vary, or none of ours."""
         faults = [
             f"{name} disagrees, {layout}: {facts}"
             for layout, found in self.agreement.items()
             for name, facts in found.items()
             if facts["agrees"] is not True
+        ]
+        faults += [
+            f"{name} differs for the same seed, {layout}"
+            for layout, found in self.reproducible.items()
+            for name, same in found.items()
+            if not same
         ]
         names = {name for r in self.results for times in r.times.values() for name in times}
         if self.results and not any(name.startswith(OURS) for name in names):

@@ -11,6 +11,10 @@ from timing import Timing
 
 OURS = "bags"
 """How the names of this library's columns begin."""
+ALL = "all"
+"""As a share of foreground: every row counts in every group."""
+ALL_ACTIVE_FOREGROUND = 0.25
+"""The share of foreground then."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,15 @@ class Case:
     """Share of rows that are not background; None where labels play no part."""
     all_active: bool = False
     """Whether every row counts in every group."""
+    loss_scale: float = 1.0
 
     @property
     def labels(self) -> str:
+        """What the rows are like, and what their loss is multiplied by."""
         if self.foreground is None:
             return "-"
-        return "all active" if self.all_active else f"{self.foreground:.0%}"
+        labels = "all active" if self.all_active else f"{self.foreground:.0%}"
+        return labels if self.loss_scale == 1 else f"{labels}, loss x {self.loss_scale:g}"
 
     def __str__(self) -> str:
         labels = "" if self.foreground is None else f", foreground {self.labels}"
@@ -70,8 +77,15 @@ class Result:
             return measure()
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.problems.append(f"{what}: {reason}")
+            if (problem := f"{what}: {reason}") not in self.problems:
+                self.problems.append(problem)
             return None
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error, with its type."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def read_results(entries: Iterable[Mapping[str, Any]]) -> list[Result]:

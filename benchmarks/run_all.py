@@ -1,8 +1,9 @@
 """Runs all benchmarks, and the GPU tests if asked to, and puts the outcome on one page.
 
 Writes `<machine>.json`, `<machine>.md` and plots to `benchmarks/results`, each in one piece at the
-end, so that a run that is stopped leaves older results as they were. Every part runs in a process
-of its own: one that fails is named on the page, and the others still count.
+end, so that a run that is stopped leaves older results as they were; after Ctrl-C the parts that
+are done go to `<machine>-interrupted.*`. Every part runs in a process of its own: one that fails
+is named on the page, and the others still count.
 
     python benchmarks/run_all.py                        # a GPU if there is one, else the CPU
     python benchmarks/run_all.py --device cpu --quick
@@ -12,27 +13,38 @@ of its own: one that fails is named on the page, and the others still count.
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 import torch
-from goals import BOTH, COLD, SCORES, all_goals
-from machine import environment, machine_name, why_no_device
+from arguments import device_name, limit, output_folder
+from children import Ended, run_child
+from goals import BOTH, COLD, SCORES, Measurements, all_goals
+from machine import environment, machine_name
 from page import Outcome, Part, goals_table, make_page, measurements
 from records import write_bytes, write_json
 
 HERE = Path(__file__).resolve().parent
 SHARES = ["0.05", "0.10", "0.25"]
+SCALED = ["--loss-scale", "65536", "--dtype", "float32", "float16"]
+PLOTS = {
+    "loss-graph": ("Loss and gradient", COLD),
+    "loss": ("Loss and gradient", BOTH),
+    "scores-graph": ("Scores", COLD),
+    "scores": ("Scores", SCORES),
+}
+"""Of each, what its file's name ends with: the title, and the kind of time."""
 NO_TESTS = 5
 """How pytest says that no test was chosen."""
 FAILED = "FAILED"
 GRACE = 120
 """Seconds that a part may go on beyond its minutes, for the size that it is at."""
+TEST_SECONDS = 30 * 60
+"""For the tests that need a GPU; they take none of the benchmarks' minutes."""
 
 
 def parts_to_run(device: str, quick: bool) -> list[list[str]]:
@@ -47,18 +59,19 @@ def _cpu_parts() -> list[list[str]]:
     loss = ["bench_loss.py", "--memory", "kept"]
     short = [*loss, "--max-seconds", "5"]
     scores = ["bench_scores.py", "--memory", "kept", "--max-seconds", "5"]
-    wide = ["--layout", "v3det", "--burst", "2", "--max-seconds", "8"]
+    wide = ["--layout", "v3det", "--burst", "1", "--max-seconds", "8"]
     return [
         [*loss, "--foreground", *SHARES, "--peaks", "8192", "--max-seconds", "10"],
         [*scores, "--layout", "lvis_v0.5", "lvis_v1"],
         ["bench_detections.py", "--quick", "--rounds", "3"],
         [*loss, *wide, "--foreground", *SHARES, "--rows", "512", "1024"],
-        [*loss, *wide, "--foreground", "0.25", "--rows", "8192", "--burst", "1", "--rounds", "3"],
+        [*loss, *wide, "--foreground", "0.25", "--rows", "8192", "--rounds", "3"],
         [*short, "--foreground", "0", "all", "--rows", "1024", "8192", "--peaks", "8192"],
         [*short, "--foreground", "0.25", "--rows", "1024", "--passes", "forward", "backward"],
         [*short, "--layout", "lvis_v1", "--foreground", "0.10"],
         [*short, "--dtype", "bfloat16", "float16", "--foreground", "0.10", "--rows", "1024"],
         [*scores, *wide, "--rows", "1000"],
+        [*short, *SCALED, "--foreground", "0.25", "--rows", "1024"],
         [*short, "--foreground", "0.25", "--rows", "2048", "--compile"],
     ]
 
@@ -92,6 +105,7 @@ def _cuda_parts() -> list[list[str]]:
         [*loss, *passes, "--foreground", "0.10", "--rows", "1024", "8192"],
         [*scores, *both, "--layout", "lvis_v1", "v3det", "--rows", "1000", "8192"],
         [*scores, "--dtype", "float16", "--rows", "1000", "8192"],
+        [*loss, *SCALED, "--foreground", "0.10", "--rows", "1024", "8192"],
     ]
 
 
@@ -109,40 +123,32 @@ def run_part(arguments: Sequence[str], seconds: float) -> Part:
     command = shlex.join(["python", f"benchmarks/{arguments[0]}", *arguments[1:]])
     print(f"\n{command}", flush=True)
     if seconds <= 0:
-        return Part(command, None, "not started, the time was over")
+        return Part(command, None, late="not started, the time was over")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "record.json"
         limits = [] if "detections" in arguments[0] else ["--minutes", f"{seconds / 60:.2f}"]
         full = [sys.executable, str(HERE / arguments[0]), *arguments[1:], *limits]
-        with (Path(folder) / "errors").open("w+") as errors:
-            process = subprocess.Popen(
-                [*full, "--json", str(path)], stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-            clock = threading.Timer(seconds + GRACE, process.kill)
-            clock.start()
-            try:
-                _show_progress(process)
-                status = process.wait()
-            finally:
-                stopped = not clock.is_alive()
-                clock.cancel()
-                process.kill()
-            errors.seek(0)
-            last_words = errors.read().strip().splitlines()[-1:]
+        ended = run_child([*full, "--json", str(path)], seconds + GRACE, _show_progress)
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    if stopped:
-        return Part(command, record, f"stopped after {seconds + GRACE:.0f} seconds")
-    if record is None:
-        return Part(command, None, " ".join(last_words) or f"exit status {status}")
-    if status != 0 and not record.get("faults"):
-        return Part(command, record, f"exit status {status}")
-    return Part(command, record)
+    return Part(command, record, **_how_it_ended(ended, record, seconds + GRACE))
 
 
-def _show_progress(process: "subprocess.Popen[str]") -> None:
+def _how_it_ended(ended: Ended, record: Mapping[str, Any] | None, seconds: float) -> dict[str, str]:
+    """What a part is to be blamed for, or that it was late; nothing if all went well."""
+    if ended.stopped:
+        stopped = f"stopped after {seconds:.0f} seconds"
+        # One that has measured nothing in that time hangs.
+        return {"late": stopped} if record else {"problem": f"{stopped}, without a result"}
+    if ended.status != 0 and not (record or {}).get("faults"):
+        last_words = ended.errors.splitlines()[-1:]
+        return {"problem": " ".join(last_words) or f"exit status {ended.status}"}
+    return {}
+
+
+def _show_progress(output: IO[str]) -> None:
     """Echo lines as they come, up to the tables, which are left to the page."""
     tables = False
-    for number, line in enumerate(process.stdout or ()):
+    for number, line in enumerate(output):
         tables = tables or not line.strip()
         if number and (not tables or line.startswith("FAULT")):
             print("  " + line.rstrip(), flush=True)
@@ -154,57 +160,89 @@ def run_tests() -> str:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--color=no"]
     # The project's own options would list durations after the outcome.
     command += ["-o", "addopts=-ra --strict-markers", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=False)
-    lines = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()
+    said: list[str] = []
+
+    def echo(output: IO[str]) -> None:
+        while piece := output.read(1):
+            print(piece, end="", flush=True)
+            said.append(piece)
+
+    ended = run_child(command, TEST_SECONDS, echo, HERE.parent)
+    lines = ("".join(said).strip() or ended.errors or "no output").splitlines()
     marks = ("FAILED", "ERROR", "SKIPPED", "XFAIL", "XPASS")
     summary = [line for line in lines[:-1] if line.startswith(marks)]
-    print(f"  {lines[-1]}", flush=True)
-    if done.returncode not in (0, NO_TESTS):
-        verdict = f"{FAILED} (exit status {done.returncode})"
+    if ended.stopped:
+        verdict = f"{FAILED} (stopped after {TEST_SECONDS / 60:.0f} minutes)"
+    elif ended.status not in (0, NO_TESTS):
+        verdict = f"{FAILED} (exit status {ended.status})"
     else:
         verdict = "passed" if " passed" in lines[-1] else "none ran"
     text = "\n".join([*summary, lines[-1]])
     return f"`python -m pytest -m gpu`: {verdict}.\n\n```\n{text}\n```"
 
 
-def draw_pictures(outcome: Outcome, folder: Path) -> list[tuple[str, str]]:
-    """Write the plots; title and file name of each."""
-    found = measurements(outcome)
+def draw_pictures(outcome: Outcome, found: Measurements, folder: Path) -> dict[str, str]:
+    """Write the plots; the title of each, by file name."""
     try:
         from plots import plot_over_copy
     except ImportError as error:
         outcome.skipped["plots"] = f"{error}: pip install matplotlib"
-        return []
-    pictures = []
-    for name, title, results, kinds in (
-        ("loss", "Loss and gradient", found.loss, (COLD, BOTH)),
-        ("scores", "Scores", found.scores, (COLD, SCORES)),
-    ):
-        for kind in kinds:
-            png = plot_over_copy(results, kind, title)
-            if png is not None:
-                suffix = name if kind != COLD else f"{name}-graph"
-                file = f"{outcome.machine}-{suffix}.png"
-                write_bytes(folder / file, png)
-                pictures.append((f"{title}, time over copy time against rows, {kind}", file))
+        return {}
+    pictures = {}
+    for suffix, (title, kind) in PLOTS.items():
+        results = found.loss if suffix.startswith("loss") else found.scores
+        png = plot_over_copy(results, kind, title)
+        if png is not None:
+            file = f"{outcome.name}-{suffix}.png"
+            write_bytes(folder / file, png)
+            pictures[file] = f"{title}, time over copy time against rows, {kind}"
     return pictures
+
+
+def write(outcome: Outcome, folder: Path) -> None:
+    """Write plots, page and record, and print the goals."""
+    found = measurements(outcome)
+    goals = all_goals(found)
+    print(f"\n{goals_table(goals)}", flush=True)
+    record = {
+        "machine": outcome.machine,
+        "command": outcome.command,
+        "environment": outcome.facts,
+        "tests": outcome.tests or "not asked for (--tests)",
+        "goals": goals,
+        "skipped": outcome.skipped,
+        "parts": outcome.parts,
+    }
+    page = folder / f"{outcome.name}.md"
+    try:
+        pictures = draw_pictures(outcome, found, folder)
+        write_bytes(page, make_page(outcome, found, pictures).encode())
+        write_json(folder / f"{outcome.name}.json", record)
+        for file in (f"{outcome.name}-{suffix}.png" for suffix in PLOTS):
+            if file not in pictures:  # one of an earlier run
+                (folder / file).unlink(missing_ok=True)
+    except OSError as error:
+        print(f"\n{make_page(outcome, found, {})}", flush=True)
+        raise SystemExit(f"The page could not be written: {error}") from error
+    print(f"\nThe page: {page}")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
+    parser.add_argument(
+        "--device", type=device_name, help="default: cuda if there is a GPU, else cpu"
+    )
     parser.add_argument("--quick", action="store_true", help="what the main goals need, roughly")
     parser.add_argument("--tests", action="store_true", help="first run the tests that need a GPU")
-    parser.add_argument("--minutes", type=float, default=15, help="no new size after these")
-    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder")
+    parser.add_argument("--minutes", type=limit, default=15, help="no new size after these")
+    parser.add_argument(
+        "--output", type=output_folder, default=str(HERE / "results"), help="folder"
+    )
     options = parser.parse_args(arguments)
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    why_not = why_no_device(options.device)
-    if why_not:
-        parser.error(why_not)
     return options
 
 
@@ -216,18 +254,33 @@ def main(arguments: list[str] | None = None, parts: list[list[str]] | None = Non
         parts: programs and their arguments in place of `parts_to_run`.
     """
     options = parse(arguments)
-    device = torch.device(options.device)
-    deadline = time.monotonic() + 60 * options.minutes
     given = sys.argv[1:] if arguments is None else arguments
+    outcome = new_outcome(options, shlex.join(["python", "benchmarks/run_all.py", *given]))
+    if options.tests:
+        outcome.tests = run_tests()
+    deadline = time.monotonic() + 60 * options.minutes
+    try:
+        for part in parts if parts is not None else parts_to_run(options.device, options.quick):
+            outcome.parts.append(run_part(part, deadline - time.monotonic()))
+    except KeyboardInterrupt:
+        if not outcome.parts:
+            raise
+        outcome.interrupted = True
+    write(outcome, options.output)
+    failed = any(part.problem or (part.record or {}).get("faults") for part in outcome.parts)
+    return 1 if failed or outcome.interrupted or FAILED in outcome.tests else 0
+
+
+def new_outcome(options: argparse.Namespace, command: str) -> Outcome:
+    """What is known before anything has run."""
+    device = torch.device(options.device)
     outcome = Outcome(
         machine=machine_name(device),
         device=device.type,
         facts={name: fact for name, fact in environment(device).items() if name != "threads"},
-        command=shlex.join(["python", "benchmarks/run_all.py", *given]),
+        command=command,
         parts=[],
     )
-    if options.tests:
-        outcome.tests = run_tests()
     if device.type != "cuda":
         outcome.skipped["everything on a GPU"] = (
             "--device cpu" if torch.cuda.is_available() else "PyTorch finds no GPU here"
@@ -235,27 +288,7 @@ def main(arguments: list[str] | None = None, parts: list[list[str]] | None = Non
     if options.quick:
         outcome.skipped["most sizes and rounds"] = "--quick"
     outcome.skipped["detections of other kinds of scores"] = "bench_detections.py without --quick"
-    for part in parts if parts is not None else parts_to_run(options.device, options.quick):
-        outcome.parts.append(run_part(part, deadline - time.monotonic()))
-
-    found = measurements(outcome)
-    goals = all_goals(found)
-    folder: Path = options.output
-    pictures = draw_pictures(outcome, folder)
-    record = {
-        "machine": outcome.machine,
-        "command": outcome.command,
-        "environment": outcome.facts,
-        "tests": outcome.tests or "not asked for (--tests)",
-        "goals": goals,
-        "skipped": outcome.skipped,
-        "parts": outcome.parts,
-    }
-    write_bytes(folder / f"{outcome.machine}.md", make_page(outcome, found, pictures).encode())
-    write_json(folder / f"{outcome.machine}.json", record)
-    print(f"\n{goals_table(goals)}\n\nThe page: {folder / outcome.machine}.md")
-    failed = any(part.problem or (part.record or {}).get("faults") for part in outcome.parts)
-    return 1 if failed or FAILED in outcome.tests else 0
+    return outcome
 
 
 if __name__ == "__main__":

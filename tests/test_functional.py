@@ -1179,7 +1179,7 @@ def test_bad_layout(layout: Any) -> None:
         grouped_softmax_scores(logits_of(), layout)
 
 
-@pytest.mark.parametrize("ignore_index", [1.0, None, "x", True])
+@pytest.mark.parametrize("ignore_index", [1.0, None, "x", True, 2**70])
 def test_bad_ignore_index(ignore_index: Any) -> None:
     with pytest.raises(BAD, match="ignore_index"):
         run(logits_of(), ignore_index=ignore_index)

@@ -227,7 +227,8 @@ def _row_weights(
         categories = labels.numpy()[foreground] - tables.foreground_start
         own = category_weights.double().numpy()[categories]
         weights[groups[foreground], foreground] *= own
-    return weights
+    # Nobody has looked at the values in a compiled graph; what is not positive counts nowhere.
+    return np.where(weights > 0, weights, 0.0)
 
 
 def _zeros(shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -36,33 +36,57 @@ def choose(impl: str, device: torch.device) -> ModuleType:
 
 def require_triton(device: torch.device) -> None:
     """Raise RuntimeError, with every reason, if the Triton kernels cannot serve a device."""
-    reasons = why_not_triton(device)
+    reasons = _reasons(device)
     if reasons:
         raise RuntimeError(
-            f"impl='triton' cannot serve: {'; '.join(reasons)}. "
-            f"impl='auto' takes the fastest that can"
+            f"impl='triton' cannot serve: {reasons}. impl='auto' takes the fastest that can"
         )
 
 
-@functools.lru_cache
+# Whoever traces a graph takes the answer for a constant and does not look into these two.
+@torch.compiler.assume_constant_result
+def _reasons(device: torch.device) -> str:
+    return "; ".join(why_not_triton(device))
+
+
+@torch.compiler.assume_constant_result
 def triton_serves(device: torch.device) -> bool:
     """Whether `impl="auto"` takes the Triton kernels for a device; decided once."""
+    return _triton_serves(device)
+
+
+@functools.lru_cache
+def _triton_serves(device: torch.device) -> bool:
     return device.type == "cuda" and not _is_interpreting() and not why_not_triton(device)
 
 
 def why_not_triton(device: torch.device) -> list[str]:
     """Every reason why the Triton kernels cannot serve a device; empty if they can."""
     reasons = []
-    if importlib.util.find_spec("triton") is None:
+    installed = importlib.util.find_spec("triton") is not None
+    if not installed:
         reasons.append("triton is not installed")
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if torch.version.hip is None and capability < FIRST_CAPABILITY:
             needed, found = (".".join(map(str, pair)) for pair in (FIRST_CAPABILITY, capability))
             reasons.append(f"the GPU has compute capability {found} and Triton needs {needed}")
+        if installed and not _is_interpreting():
+            reasons += _why_no_driver()
     elif device.type != "cpu" or not _is_interpreting():
         reasons.append(f"the tensors are on {device.type!r} and Triton needs a CUDA or ROCm device")
     return reasons
+
+
+@functools.lru_cache
+def _why_no_driver() -> tuple[str, ...]:
+    """Why Triton cannot reach GPUs, which takes a C compiler and Python's headers; empty if not."""
+    try:
+        importlib.import_module("triton.runtime").driver.active.get_current_target()
+    except Exception as error:  # of the compiler, the linker, the system
+        reason = " ".join(str(error).split())[:200]
+        return (f"Triton cannot use its driver ({type(error).__name__}: {reason})",)
+    return ()
 
 
 def _is_interpreting() -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balanced_group_softmax.ops import eager
+from balanced_group_softmax.ops import eager, torch_ops
 from balanced_group_softmax.ops.reference import nan_for_no_label, row_groups
 from balanced_group_softmax.tables import GroupTables
 
@@ -63,6 +63,8 @@ def group_losses(
 
 def group_scores(logits: Tensor, tables: GroupTables) -> Tensor:
     """Scores in the label convention, [R, num_labels], as `reference.group_scores`."""
+    if logits.requires_grad and torch.is_grad_enabled():
+        return torch_ops.group_scores(logits, tables)
     scores: Tensor = _group_scores(logits, *tables)
     return scores
 

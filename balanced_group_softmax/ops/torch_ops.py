@@ -85,7 +85,8 @@ def group_scores(logits: Tensor, tables: GroupTables) -> Tensor:
     """Scores in the label convention, [R, num_labels], as `reference.group_scores`."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not tables.has_background:
-        others = logits[:, list(tables.starts)]
+        # Not by a list, which would be copied to the device and waited for.
+        others = torch.stack([logits[:, start] for start in tables.starts], dim=1)
         own = logits.index_select(1, tables.category_columns)
         return torch.softmax(own - others.index_select(1, tables.category_groups), dim=1)
     parts = [torch.softmax(part, dim=1) for part in logits.split(list(tables.sizes), dim=1)]

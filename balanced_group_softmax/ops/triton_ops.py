@@ -28,6 +28,8 @@ TILE_SIZE = 512
 LOGITS_PER_WARP = 512
 KEYS_PER_WARP = 128
 """Four a thread: with more, ptxas spills registers."""
+MOST_WARPS = 16 if torch.version.hip else 32
+"""A program has at most 1024 threads; a warp of some AMD GPUs has 64."""
 TUNING: dict[str, int] = {} if torch.version.hip else {"maxnreg": 128}
 """For the loss. Told of a limit ptxas keeps to it; left alone it aims lower still, and spills."""
 
@@ -57,7 +59,8 @@ def sample_others(
             NUM_GROUPS=num_groups,
             HAS_BACKGROUND=tables.has_background,
             BLOCK=block,
-            num_warps=max(4, block // KEYS_PER_WARP),
+            ONE_BLOCK=num_rows <= block,
+            num_warps=min(MOST_WARPS, max(4, block // KEYS_PER_WARP)),
         )
     return active.T, normalizers
 
@@ -77,7 +80,8 @@ def losses_and_gradient(
     with_losses: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The losses, and the gradient of their sum; see `autograd.Kernels`."""
-    logits = _with_near_columns(logits)
+    logits = _with_near_columns(logits.resolve_neg())
+    row_weights = row_weights.resolve_neg()
     num_rows, num_logits = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
     shape = () if reduction == "sum" else (tables.num_groups,)
@@ -91,7 +95,7 @@ def losses_and_gradient(
         return losses, gradient
     labels = labels.contiguous()
     if category_weights is not None:
-        category_weights = category_weights.contiguous()
+        category_weights = category_weights.resolve_neg().contiguous()
     plan = _plan(tables.starts, tables.sizes, num_rows, _vector(logits))
     partials = logits.new_empty((tables.num_groups, plan.num_programs), dtype=dtype)
     with _device_of(logits):
@@ -99,7 +103,7 @@ def losses_and_gradient(
             normalizers = _normalizers(
                 labels, row_weights, category_weights, tables, ignore_index, dtype
             )
-        triton_kernels.loss_kernel[(plan.num_programs, tables.num_groups)](
+        triton_kernels.loss_kernel[(tables.num_groups, plan.num_programs)](
             logits,
             labels,
             tables.label_columns,
@@ -135,14 +139,12 @@ def losses_and_gradient(
             **TUNING,
         )
         if with_losses:
-            triton_kernels.finish_kernel[(1,)](
-                partials,
-                losses,
-                plan.num_programs,
-                NUM_GROUPS=tables.num_groups,
-                SUM=reduction == "sum",
-                BLOCK=min(1024, max(32, triton.next_power_of_2(plan.num_programs))),
-                num_warps=4,
+            # The parts of all groups lie in a row: their sum is that of one long group.
+            sums = 1 if reduction == "sum" else tables.num_groups
+            length = partials.numel() // sums
+            block = min(4096, max(512, triton.next_power_of_2(length)))
+            triton_kernels.finish_kernel[(sums,)](
+                partials, losses, length, BLOCK=block, num_warps=block // 256
             )
     return losses, gradient
 
@@ -151,13 +153,14 @@ def scale_gradient(
     gradient: Tensor, factors: Tensor, row_weights: Tensor, tables: GroupTables
 ) -> bool:
     """Multiply by each group's factor in place; see `autograd.Kernels`."""
+    row_weights = row_weights.resolve_neg()
     num_rows, num_logits = gradient.shape
     if num_rows == 0:
         return True
     plan = _plan(tables.starts, tables.sizes, num_rows, _vector(gradient))
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     with _device_of(gradient):
-        triton_kernels.scale_kernel[(plan.num_programs, tables.num_groups)](
+        triton_kernels.scale_kernel[(tables.num_groups, plan.num_programs)](
             gradient,
             row_weights,
             factors,
@@ -190,7 +193,7 @@ def group_scores(logits: Tensor, tables: GroupTables) -> Tensor:
     """
     if logits.requires_grad and torch.is_grad_enabled():
         return torch_ops.group_scores(logits, tables)
-    logits = _with_near_columns(logits)
+    logits = _with_near_columns(logits.resolve_neg())
     num_rows = logits.shape[0]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     scores = logits.new_empty((num_rows, tables.num_labels), dtype=dtype)
@@ -198,14 +201,17 @@ def group_scores(logits: Tensor, tables: GroupTables) -> Tensor:
         return scores
     vector = _vector(logits)
     plan = _plan(tables.starts, tables.sizes, num_rows, vector)
+    # In narrow groups one warp loads all of a row before it waits for any of it.
+    narrow = tables.has_background and plan.num_warps == 1
+    widest = 256 if narrow else 2048
     constants: dict[str, Any] = {
         "STARTS": _bounds(tables),
         "NUM_GROUPS": tables.num_groups,
         "NUM_LABELS": tables.num_labels,
-        "LABELS_BLOCK": min(2048, triton.next_power_of_2(tables.num_labels)),
+        "LABELS_BLOCK": min(widest, triton.next_power_of_2(tables.num_labels)),
         "VECTOR": vector,
         "ACC": _accumulator(dtype),
-        "num_warps": 4,
+        "num_warps": 1 if narrow else 4,
     }
     if tables.has_background:
         kernel = triton_kernels.scores_kernel

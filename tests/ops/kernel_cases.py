@@ -181,6 +181,8 @@ MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
     "every-other-row": lambda values: within(values, 2 * len(values), 12, 0),
     "every-third-column": lambda values: within(values, len(values), 40, 2, 3),
     "shifted-by-one": shifted,
+    # Memory that holds the negatives, with a note that they are to be negated.
+    "negative-bit": lambda values: torch.complex(torch.zeros_like(values), -values).conj().imag,
 }
 
 

@@ -11,6 +11,9 @@ import pytest
 import torch
 from library_cases import IGNORE, LAYOUT, LAYOUTS, ROWS, every_device, labels_for, logits_for
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from balanced_group_softmax import (
     BAGSHead,
@@ -19,6 +22,7 @@ from balanced_group_softmax import (
     grouped_softmax_scores,
     sample_others,
 )
+from balanced_group_softmax.ops import dispatch, eager, library, torch_ops
 
 FEATURES = 6
 has_compiler = (
@@ -262,3 +266,113 @@ def test_exported_scores_are_plain_pytorch(
     assert not foreign
     features = torch.randn(4, FEATURES)
     torch.testing.assert_close(program.module()(features), model(features), rtol=1e-5, atol=1e-6)
+
+
+# Where the kernels would be taken -----------------------------------------------------------
+
+
+def test_scores_with_a_gradient_are_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator has no gradient, and a graph that returns them asks for one."""
+    monkeypatch.setattr(dispatch, "choose_for_scores", lambda impl, device: library)
+    labels = labels_for(LAYOUT)
+
+    def step(logits: Tensor) -> tuple[Tensor, Tensor]:
+        loss = grouped_softmax_loss(logits, labels, LAYOUT, others_ratio=math.inf)
+        return loss, grouped_softmax_scores(logits, LAYOUT)
+
+    logits = logits_for(LAYOUT).requires_grad_()
+    loss, scores = torch.compile(step, fullgraph=True, backend="aot_eager")(logits)
+    (ours,) = torch.autograd.grad(loss + scores.square().sum(), logits)
+    loss, scores = step(logits)
+    (expected,) = torch.autograd.grad(loss + scores.square().sum(), logits)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan])
+@pytest.mark.parametrize("of", ["rows", "categories"])
+def test_a_weight_that_is_not_positive_counts_nowhere(of: str, bad: float) -> None:
+    """Nobody looks at its value in a graph."""
+    logits, labels = logits_for(LAYOUT), labels_for(LAYOUT)
+    weights = {
+        "rows": torch.rand(ROWS, LAYOUT.num_groups) + 0.5,
+        "categories": torch.rand(LAYOUT.num_categories) + 0.5,
+    }
+    weights[of][1] = bad
+
+    def loss(rows: Tensor, categories: Tensor) -> Tensor:
+        return grouped_softmax_loss(
+            logits, labels, LAYOUT, weights=rows, category_weights=categories, reduction="groups"
+        )
+
+    ours = torch.compile(loss, fullgraph=True, backend="aot_eager")(*weights.values())
+    weights[of][1] = 0
+    torch.testing.assert_close(ours, loss(*weights.values()))
+
+
+@pytest.fixture
+def poor_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A GPU that is too old for Triton, on a machine without a compiler."""
+    pytest.importorskip("triton")
+    from triton.runtime import driver
+
+    def fail(self: Any) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(type(driver), "active", property(fail))
+    caches = (eager._triton_serves, eager._why_no_driver)
+    for cached in caches:
+        cached.cache_clear()
+    yield torch.device("cuda", 0)
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_graph_does_not_hold_how_an_implementation_is_chosen(poor_gpu: torch.device) -> None:
+    """Not on a GPU either, which is asked what it can."""
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def step(values: Tensor) -> Tensor:
+        return values + (2 if eager.triton_serves(poor_gpu) else 1)
+
+    assert torch.compile(step, fullgraph=True, backend=backend)(torch.zeros(2)).tolist() == [1, 1]
+    assert [node.op for node in graphs[0].graph.nodes] == ["placeholder", "call_function", "output"]
+
+
+def test_every_reason_against_a_gpu_is_told(poor_gpu: torch.device) -> None:
+    with pytest.raises(RuntimeError, match=r"capability 6\.0.*Failed to find C compiler"):
+        eager.require_triton(poor_gpu)
+
+
+@pytest.mark.parametrize("kind", ["first", "none"])
+def test_static_scores_copy_nothing_to_the_device(kind: str) -> None:
+    """Which would wait for it: every tensor they make is made on it."""
+    devices = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            result = func(*args, **(kwargs or {}))
+            devices.update(t.device.type for t in tree_leaves((args, result)) if is_tensor(t))
+            return result
+
+    layout, is_tensor = LAYOUTS[kind], torch.is_tensor
+    with FakeTensorMode():  # a GPU without memory
+        logits = torch.empty(ROWS, layout.num_logits, device="cuda")
+        tables = layout.tables(torch.device("cpu"))
+        tables = tables._replace(
+            **{
+                name: torch.empty(value.shape, dtype=value.dtype, device="cuda")
+                for name, value in tables._asdict().items()
+                if is_tensor(value)
+            }
+        )
+        with Watch():
+            torch_ops.group_scores(logits, tables)
+    assert devices == {"cuda"}

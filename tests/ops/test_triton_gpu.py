@@ -86,6 +86,12 @@ def assert_close(ours: Tensor, expected: Tensor, tolerance: float = 1e-6) -> Non
     assert float(error.max()) <= tolerance
 
 
+def assert_gradient_close(ours: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
+    """Measured by the largest entry: all of a gradient may lie far below 1."""
+    error = (ours.double() - expected.double()).abs().max()
+    assert float(error) <= tolerance * float(expected.abs().max())
+
+
 # --- waiting for the device ----------------------------------------------------------------------
 
 
@@ -108,9 +114,7 @@ def test_waiting_would_be_noticed() -> None:
 @both_layouts
 @both_impls
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_nothing_waits_for_the_device(
-    layout: GroupLayout, impl: str, dtype: torch.dtype, tmp_path: Any
-) -> None:
+def test_nothing_waits_for_the_device(layout: GroupLayout, impl: str, dtype: torch.dtype) -> None:
     logits, labels = inputs(1000, layout, dtype)
     weights = torch.rand(1000, layout.num_groups, device="cuda")
     category_weights = torch.rand(layout.num_categories, device="cuda")
@@ -212,7 +216,7 @@ def test_torch_agrees_with_triton(layout: GroupLayout, reduction: str) -> None:
         logits, labels, layout, generator=on_gpu(1), impl="torch", reduction=reduction
     )
     assert_close(loss, expected_loss)
-    assert_close(gradient, expected_gradient)
+    assert_gradient_close(gradient, expected_gradient)
     assert torch.equal(gradient == 0, expected_gradient == 0)  # the same rows were drawn
     with torch.no_grad():
         scores = grouped_softmax_scores(logits, layout, impl="triton")
@@ -228,7 +232,7 @@ def test_float64(layout: GroupLayout) -> None:
     )
     assert loss.dtype == gradient.dtype == torch.float64
     assert_close(loss, expected_loss, 1e-12)
-    assert_close(gradient, expected_gradient, 1e-12)
+    assert_gradient_close(gradient, expected_gradient, 1e-12)
     with torch.no_grad():
         scores = grouped_softmax_scores(logits, layout, impl="triton")
         assert_close(scores, grouped_softmax_scores(logits, layout, impl="reference"), 1e-12)
@@ -355,7 +359,7 @@ def test_compiled_loss(mode: str | None) -> None:
     ((expected_loss, expected_gradient),) = steps(head, 1, compiled=False)
     for loss, gradient in steps(head, 4, compiled=True):
         assert_close(loss, expected_loss, 1e-5)
-        assert_close(gradient, expected_gradient, 1e-5)
+        assert_gradient_close(gradient, expected_gradient, 1e-5)
 
 
 @both_layouts
@@ -414,7 +418,11 @@ def test_small_float16_gradients_survive() -> None:
     assert ((expected != 0) & (expected.abs() < smallest / 2)).float().mean() > 0.01
     assert logits.grad is not None
     error = (logits.grad.double() / scale - expected).abs()
-    assert (error <= expected.abs() * 2.0**-10 + smallest / scale).all()
+    # Where a probability is close to 1, float32 has lost digits of its difference from 1.
+    active = sample_others(labels, LAYOUT, generator=on_gpu(1))
+    widths = torch.tensor(LAYOUT.group_sizes, device="cuda")
+    lost = 2.0**-22 / active.sum(0).clamp(min=1).repeat_interleave(widths)
+    assert (error <= expected.abs() * 2.0**-10 + smallest / scale + lost).all()
 
 
 # --- memory, streams, devices --------------------------------------------------------------------
@@ -496,7 +504,8 @@ def test_more_elements_than_an_int32_counts() -> None:
     (3 * loss).backward()
     assert logits.grad is not None
     assert_close(loss.detach(), expected[0])
-    assert_close(logits.grad[chosen].float() / 3, expected[1].float(), 2.0**-7)
+    scaled = logits.grad[chosen].float() / 3
+    torch.testing.assert_close(scaled, expected[1].float(), rtol=2.0**-6, atol=1e-12)
     assert not any(part.any() for part in logits.grad[50:-50].split(10_000))
     del loss
     logits.grad = None

@@ -19,6 +19,7 @@ from kernel_cases import (
     MARKS,
     ROUNDING,
     ROWS,
+    assert_close,
     check_loss,
     draw,
     given_weights,
@@ -32,6 +33,7 @@ from kernel_cases import (
 )
 
 from balanced_group_softmax import GroupLayout
+from balanced_group_softmax.ops import triton_kernels
 
 pytestmark = MARKS
 Cut = Callable[..., None]
@@ -72,6 +74,16 @@ def test_forty_groups(cut: Cut) -> None:
     weights = weights_that_count(FORTY_GROUPS, labels, active)
     logits = logits_for(FORTY_GROUPS, 11)
     check_loss(logits, labels, active, FORTY_GROUPS, weights, normalizers=counts)
+
+
+# As many parts as a block holds, one more, and several blocks with a rest.
+@pytest.mark.parametrize("length", [16, 17, 100])
+@pytest.mark.parametrize("sums", [1, 3])
+def test_parts_are_added_up(length: int, sums: int) -> None:
+    parts = torch.rand(sums, length, generator=seeded(1)).to(DEVICE)
+    losses = torch.empty(sums, device=DEVICE)
+    triton_kernels.finish_kernel[(sums,)](parts, losses, length, BLOCK=16, num_warps=1)
+    assert_close(losses, parts.double().sum(dim=1).cpu().numpy())
 
 
 @pytest.mark.parametrize("reduction", ["groups", "sum"])

@@ -6,7 +6,15 @@ import triton.language as tl
 from balanced_group_softmax.ops.triton_kernels.rows import label_columns_of, weights_of
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_labels", "ignore_index", "row_vectors"])
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "num_labels",
+        "ignore_index",
+        "row_vectors",
+        "weight_group_stride",  # the number of rows, after a draw
+    ]
+)
 def loss_kernel(
     logits,  # [R, L]
     labels,  # int64 [R]
@@ -45,8 +53,8 @@ def loss_kernel(
     With factors the gradient is that of the sum of factor times loss. Where a row does not count
     its logits are not looked at; the gradient there is 0.
     """
-    program = tl.program_id(0)
-    this_group = tl.program_id(1)
+    this_group = tl.program_id(0)  # the groups of a row at about the same time
+    program = tl.program_id(1)
     for group in tl.static_range(NUM_GROUPS):
         if this_group == group:
             scale = 1.0 / tl.load(normalizers + group).to(ACC)
@@ -83,7 +91,7 @@ def loss_kernel(
                 ACC,
             )
             if WITH_LOSSES:
-                tl.store(partials + group * tl.num_programs(0) + program, part)
+                tl.store(partials + group * tl.num_programs(1) + program, part)
 
 
 @triton.jit
@@ -311,33 +319,23 @@ def _store(
         tl.store(pointers, values, mask=in_rows[:, None] & edges[None, :])
 
 
-@triton.jit(do_not_specialize=["num_programs"])
+@triton.jit(do_not_specialize=["length"])
 def finish_kernel(
-    partials,  # float [G, programs]
-    losses,  # float [G] or, of their sum, [], written
-    num_programs,
-    NUM_GROUPS: tl.constexpr,
-    SUM: tl.constexpr,
+    partials,  # float [sums, length]
+    losses,  # float [sums] or, of one, [], written
+    length,
     BLOCK: tl.constexpr,
 ):
-    """Adds up the programs' parts, in one program and so in a fixed order."""
-    whole = tl.full([], 0.0, losses.dtype.element_ty)
-    for group in range(NUM_GROUPS):
-        total = tl.zeros([BLOCK], losses.dtype.element_ty)
-        for first in range(0, num_programs, BLOCK):
-            programs = first + tl.arange(0, BLOCK)
-            total += tl.load(
-                partials + group * num_programs + programs, mask=programs < num_programs, other=0.0
-            )
-        if SUM:
-            whole += tl.sum(total, 0)
-        else:
-            tl.store(losses + group, tl.sum(total, 0))
-    if SUM:
-        tl.store(losses, whole)
+    """Adds up the programs' parts, each sum in one program and so in a fixed order."""
+    this_sum = tl.program_id(0)
+    total = tl.zeros([BLOCK], losses.dtype.element_ty)
+    for first in range(0, length, BLOCK):
+        parts = first + tl.arange(0, BLOCK)
+        total += tl.load(partials + this_sum * length + parts, mask=parts < length, other=0.0)
+    tl.store(losses + this_sum, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "weight_group_stride"])
 def scale_kernel(
     gradient,  # [R, L], contiguous, changed in place
     row_weights,  # bool or float [R, G]
@@ -356,8 +354,8 @@ def scale_kernel(
     ACC: tl.constexpr,
 ):
     """Multiplies each group's gradient by its factor; a factor of 1 costs no more than its read."""
-    first_row = tl.program_id(0) * ROWS_PER_PROGRAM
-    this_group = tl.program_id(1)
+    this_group = tl.program_id(0)
+    first_row = tl.program_id(1) * ROWS_PER_PROGRAM
     for group in tl.static_range(NUM_GROUPS):
         if this_group == group:
             factor = tl.load(factors + group * factor_stride).to(ACC)

@@ -21,6 +21,7 @@ def sample_kernel(
     NUM_GROUPS: tl.constexpr,
     HAS_BACKGROUND: tl.constexpr,
     BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # whether it holds all rows
 ):
     """Which rows count in which group, one program a group."""
     group = tl.program_id(0)
@@ -34,13 +35,18 @@ def sample_kernel(
     keys += tl.maximum(group - HAS_BACKGROUND, 0) * num_rows.to(tl.int64)
     active += group * num_rows.to(tl.int64)
 
+    # Read here, and again in every loop where they are too many to be kept.
+    columns, row_keys = _columns_and_keys(
+        labels, label_columns, keys, 0, num_rows, num_labels, ignore_index, BLOCK
+    )
     num_valid = 0
     num_own = 0
     for first in range(0, num_rows, BLOCK):
-        rows = first + tl.arange(0, BLOCK)
-        column, _ = label_columns_of(
-            labels, label_columns, rows, num_rows, num_labels, ignore_index
-        )
+        column = columns
+        if not ONE_BLOCK:
+            column, _ = _columns_and_keys(
+                labels, label_columns, keys, first, num_rows, num_labels, ignore_index, BLOCK
+            )
         own = ((column > start) & (column < end)) | ((column >= 0) & is_group_zero)
         num_valid += tl.sum((column >= 0).to(tl.int32), 0)
         num_own += tl.sum(own.to(tl.int32), 0)
@@ -64,15 +70,19 @@ def sample_kernel(
         end,
         kept,
         num_others,
+        columns,
+        row_keys,
         BLOCK,
+        ONE_BLOCK,
     )
     seen = 0
     for first in range(0, num_rows, BLOCK):
         rows = first + tl.arange(0, BLOCK)
-        column, _ = label_columns_of(
-            labels, label_columns, rows, num_rows, num_labels, ignore_index
-        )
-        key = tl.load(keys + rows, mask=rows < num_rows, other=0)
+        column, key = columns, row_keys
+        if not ONE_BLOCK:
+            column, key = _columns_and_keys(
+                labels, label_columns, keys, first, num_rows, num_labels, ignore_index, BLOCK
+            )
         own = ((column > start) & (column < end)) | ((column >= 0) & is_group_zero)
         other = (column >= 0) & (own == 0) & (kept > 0)
         equal = (other & (key == largest)).to(tl.int32)
@@ -95,7 +105,10 @@ def _largest_key_that_counts(
     end,
     kept,
     num_others,
+    columns,
+    row_keys,
     BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
 ):
     """The largest among the `kept` smallest keys of others, and how many rows with it count.
 
@@ -109,11 +122,18 @@ def _largest_key_that_counts(
             shift = 24 - 8 * digit
             histogram = tl.zeros([512], tl.int32)
             for first in range(0, num_rows, BLOCK):
-                rows = first + tl.arange(0, BLOCK)
-                column, _ = label_columns_of(
-                    labels, label_columns, rows, num_rows, num_labels, ignore_index
-                )
-                key = tl.load(keys + rows, mask=rows < num_rows, other=0)
+                column, key = columns, row_keys
+                if not ONE_BLOCK:
+                    column, key = _columns_and_keys(
+                        labels,
+                        label_columns,
+                        keys,
+                        first,
+                        num_rows,
+                        num_labels,
+                        ignore_index,
+                        BLOCK,
+                    )
                 candidate = (column >= 0) & ((column <= start) | (column >= end))
                 if digit > 0:
                     candidate = candidate & ((key >> (shift + 8)) == largest)
@@ -132,7 +152,17 @@ def _largest_key_that_counts(
     return largest, ties
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_labels", "ignore_index"])
+@triton.jit
+def _columns_and_keys(
+    labels, label_columns, keys, first, num_rows, num_labels, ignore_index, BLOCK: tl.constexpr
+):
+    """The logit column of each row's label, -1 where it has none, and the row's key."""
+    rows = first + tl.arange(0, BLOCK)
+    column, _ = label_columns_of(labels, label_columns, rows, num_rows, num_labels, ignore_index)
+    return column, tl.load(keys + rows, mask=rows < num_rows, other=0)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_labels", "ignore_index", "group_stride"])
 def normalizer_kernel(
     labels,  # int64 [R]
     label_columns,  # int32 [num_labels]

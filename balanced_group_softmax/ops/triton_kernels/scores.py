@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["row_vectors", "score_stride"])
+@triton.jit(do_not_specialize=["row_vectors"])
 def scores_kernel(
     logits,  # [R, L]
     label_columns,  # int32 [num_labels]
