@@ -54,6 +54,8 @@ class Checkpoint:
     recipe: Recipe
     categories: Categories
     model: State
+    val_files: tuple[str, str]
+    """Annotations and image folder that the run evaluates on."""
     training: State | None = None
     """Optimiser, scaler, running mean and place in the data; None when training is over."""
 
@@ -65,6 +67,7 @@ class Checkpoint:
             "recipe": self.recipe.to_toml(),
             "categories": asdict(self.categories),
             "model": self.model,
+            "val_files": self.val_files,
             "training": self.training,
         }
 
@@ -95,6 +98,7 @@ class Checkpoint:
             Recipe.from_toml(content["recipe"]),
             Categories(**content["categories"]),
             content["model"],
+            content["val_files"],
             content["training"],
         )
 

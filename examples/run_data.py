@@ -30,6 +30,8 @@ class Data:
     val: LVISDetection
     val_annotations: Path
     categories: Categories
+    val_files: tuple[str, str]
+    """Annotations and image folder of `val`, as absolute paths."""
 
 
 def named_files(
@@ -106,7 +108,8 @@ def load_data(files: Files, *, flip: float, masks: bool, skip_broken: bool, prog
         counts=tuple(category_counts(files.annotations)),
         frequencies="".join(frequencies[i] for i in train.category_ids),
     )
-    return Data(train, val, files.val_annotations, categories)
+    val_files = str(files.val_annotations.resolve()), str(files.val_images.resolve())
+    return Data(train, val, files.val_annotations, categories, val_files)
 
 
 def describe(data: Data) -> str:

@@ -112,7 +112,8 @@ def run_stage(setting: Setting, name: str, start: Checkpoint | None) -> Checkpoi
 
     def content(training: State | None) -> Checkpoint:
         state = model.state_dict()
-        return Checkpoint(name, recipe, setting.data.categories, state, training)
+        data = setting.data
+        return Checkpoint(name, recipe, data.categories, state, data.val_files, training)
 
     def save(state: State) -> None:
         if distributed.is_first():
@@ -289,7 +290,7 @@ def with_weights_of(path: Path, recipe: Recipe, data: Data) -> Checkpoint:
     if distributed.is_first():
         shown = ", ".join(fresh[:6]) + (", ..." if len(fresh) > 6 else "")
         print(f"Not in {path}, and so fresh: {shown or 'nothing'}")
-    return Checkpoint(SOFTMAX, recipe, data.categories, model.state_dict())
+    return Checkpoint(SOFTMAX, recipe, data.categories, model.state_dict(), data.val_files)
 
 
 def check_frozen(before: State, after: State) -> None:

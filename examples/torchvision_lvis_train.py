@@ -141,7 +141,7 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
         num_workers=args.num_workers,
         save_every=args.save_every,
         skip_broken=args.skip_broken,
-        resume=args.resume,
+        resume=args.resume is not None,
         logger=lambda name, step: make_log(args, folder, name, step),
         start=start,
         cache=args.cache_features,
@@ -423,7 +423,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "for stage softmax weights of any detector, of which is taken what fits",
     )
     add("--output", metavar="DIR", help="new or empty run folder (default: one under runs/)")
-    add("--resume", action="store_true", help="go on in --output, from its last checkpoint")
+    add(
+        "--resume",
+        nargs="?",
+        const="auto",
+        choices=("auto",),
+        help="go on in --output from the last checkpoint, or begin where there is none",
+    )
     add("--seed", type=whole(0), default=0, help="of the drawn data and of training (default: 0)")
     data = parser.add_argument_group("your own data (default: the demo's)")
     data.add_argument("--annotations", metavar="JSON", help="training annotations, LVIS or COCO")
