@@ -1,12 +1,11 @@
 r"""AP and AR of LVIS: of a trained detector, or of a file of detections without a model.
 
-    python examples/torchvision_lvis_eval.py runs/bags/bags.pt --annotations lvis_v1_val.json \
-        --images coco/ --eval bbox segm --out results.json
+    python examples/torchvision_lvis_eval.py runs/bags/bags.pt --eval bbox segm --out results.json
     python examples/torchvision_lvis_eval.py results.json --annotations lvis_v1_val.json \
         --train-annotations lvis_v1_train.json --eval bbox segm --metrics metrics.json
 
-A checkpoint is one of torchvision_lvis_train.py; torchrun spreads its images over processes. A file
-of detections is in the format of LVIS results (.json) or in that of the original, mmdetection 1
+A checkpoint is one of torchvision_lvis_train.py, evaluated on the images that its run had, or on
+others by --annotations and --images; torchrun spreads them over processes. A file of detections is in the format of LVIS results (.json) or in that of the original, mmdetection 1
 (.pkl). Prints the original's table, then AP of each count group (of the checkpoint's training data,
 or of --train-annotations), AP fixed and pooled AP. docs/evaluation.md says what each figure means.
 
@@ -77,6 +76,8 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
         recipe, categories = checkpoint.recipe, checkpoint.categories
         if "segm" in args.eval and recipe.detector != "mask_rcnn":
             raise ValueError(f"{args.source}: Expected a Mask R-CNN for segm, got a Faster R-CNN")
+        if args.annotations is None:
+            args.annotations, args.images = checkpoint.val_files
         data = LVISDetection(args.annotations, args.images)
         if tuple(data.category_ids) != categories.ids:
             raise ValueError(
@@ -120,8 +121,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         ImportError: What the method needs is not installed.
     """
     is_checkpoint = args.source.suffix in CHECKPOINTS
-    if is_checkpoint and args.images is None:
-        raise ValueError(f"Expected `--images` with the checkpoint {args.source}, got none")
+    if not is_checkpoint and args.annotations is None:
+        raise ValueError(f"Expected `--annotations` with the detections {args.source}, got none")
+    if is_checkpoint and (args.annotations is None) != (args.images is None):
+        raise ValueError("Expected `--annotations` and `--images` together, got only one of them")
     for name in ("images", "out"):
         if not is_checkpoint and getattr(args, name) is not None:
             raise ValueError(f"Expected `--{name}` with a checkpoint only, got {args.source}")
@@ -140,7 +143,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add: Any = parser.add_argument
     add("source", metavar="SOURCE", type=Path, help="checkpoint (.pt), or detections (.json, .pkl)")
-    add("--annotations", metavar="JSON", required=True, help="LVIS (v0.5, v1) or COCO annotations")
+    add("--annotations", metavar="JSON", help="LVIS (v0.5, v1) or COCO annotations")
     add("--eval", nargs="+", choices=("bbox", "segm"), default=["bbox"], help="default: bbox")
     add(
         "--method",
@@ -152,7 +155,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--metrics", metavar="JSON", type=Path, help="write the figures here, in percent")
     add("--no-progress", action="store_true", help="show no bars")
     add = parser.add_argument_group("of a checkpoint").add_argument
-    add("--images", metavar="DIR", help="folder of the images")
+    add("--images", metavar="DIR", help="folder of the images, with --annotations")
     add("--out", metavar="RESULTS", type=Path, help="keep the detections, .json or .pkl")
     add("--batch-size", type=int, help="images of a batch (default: that of training)")
     add("--num-workers", type=int, default=0, help="processes that load images (default: 0)")
