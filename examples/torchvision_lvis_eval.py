@@ -5,9 +5,10 @@ r"""AP and AR of LVIS: of a trained detector, or of a file of detections without
         --train-annotations lvis_v1_train.json --eval bbox segm --metrics metrics.json
 
 A checkpoint is one of torchvision_lvis_train.py, evaluated on the images that its run had, or on
-others by --annotations and --images; torchrun spreads them over processes. A file of detections is in the format of LVIS results (.json) or in that of the original, mmdetection 1
-(.pkl). Prints the original's table, then AP of each count group (of the checkpoint's training data,
-or of --train-annotations), AP fixed and pooled AP. docs/evaluation.md says what each figure means.
+others by --annotations and --images; torchrun spreads them over processes. A file of detections is
+in the format of LVIS results (.json) or in that of the original, mmdetection 1 (.pkl). Prints the
+original's table, then AP of each count group (of the checkpoint's training data, or of
+--train-annotations), AP fixed and pooled AP. docs/evaluation.md says what each figure means.
 
 Soft-NMS and test-time augmentation are out of scope: detections are judged as they are.
 """
