@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -74,7 +75,8 @@ def losses_and_gradient(
     weights = _row_weights(row_weights, category_weights, labels, groups, tables)
     gradient = _zeros(logits.shape, logits.dtype) if with_gradient else None
     factor_of_group = [1.0] * tables.num_groups if factors is None else factors.tolist()
-    losses = []
+    counting = np.arange(len(groups))
+    likelihoods = []
     for group, (start, size) in enumerate(zip(tables.starts, tables.sizes, strict=True)):
         rows = weights[group].nonzero()[0]
         if group < tables.first_category_group:
@@ -84,22 +86,21 @@ def losses_and_gradient(
         share: float | np.ndarray = 1 / max(len(rows), 1)
         if weights.dtype != np.bool_:
             share = weights[group] / max(weights[group].sum(), 1)
-        loss = 0.0
+        columns = slice(start, start + size)
         for part in _parts(rows, logits.shape, size):
             part_share = share if isinstance(share, float) else share[part]
-            group_logits = _take(logits[:, start : start + size], part)
-            probabilities = _softmax(group_logits, dtype)
-            at_target = np.arange(len(probabilities)), targets[part]
+            probabilities = _softmax(_take(logits[:, columns], part), dtype)
+            at_target = counting[: len(probabilities)], targets[part]
             of_target = probabilities.numpy()[at_target]
-            cross_entropy = _cross_entropy(of_target, group_logits, targets[part], dtype)
-            loss += float(np.multiply(cross_entropy, part_share, dtype=np.float64).sum())
+            likelihoods.append(
+                _Likelihoods(group, columns, part, at_target[1], of_target, part_share)
+            )
             if gradient is not None:
                 probabilities.numpy()[at_target] = of_target - 1
-                slope = part_share * factor_of_group[group]
-                _put(gradient[:, start : start + size], part, probabilities, slope)
-        losses.append(loss)
-    loss_of_group = torch.tensor(losses, dtype=dtype, device="cpu")
-    return loss_of_group.sum() if reduction == "sum" else loss_of_group, gradient
+                _put(gradient[:, columns], part, probabilities, part_share * factor_of_group[group])
+    losses = _losses(likelihoods, logits, tables.num_groups, dtype)
+    result = losses.sum() if reduction == "sum" else losses
+    return torch.from_numpy(np.asarray(result)).to(dtype), gradient
 
 
 def scale_gradient(
@@ -178,22 +179,44 @@ def _softmax(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.softmax(logits, dim=1, dtype=dtype)
 
 
-def _cross_entropy(
-    of_target: np.ndarray, logits: Tensor, targets: np.ndarray, dtype: torch.dtype
-) -> np.ndarray:
-    """Minus the logarithm of each row's probability of its target, [rows].
+class _Likelihoods(NamedTuple):
+    """Probabilities of the targets of some rows in a group."""
 
-    That loses nothing against a softmax of logarithms, and spares the gradient an exponential,
-    but where a probability is so small that it has lost digits, or is 0.
+    group: int
+    columns: slice  # of the logits
+    rows: Part
+    targets: np.ndarray  # int64 [n], positions in the group
+    of_target: np.ndarray  # float [n]
+    share: float | np.ndarray  # of a row in the group's loss, of all or of each
+
+
+def _losses(
+    parts: list[_Likelihoods], logits: Tensor, num_groups: int, dtype: torch.dtype
+) -> np.ndarray:
+    """The loss of each group, float64 [G]: the sum of its rows' cross-entropies times shares.
+
+    A cross-entropy is minus the logarithm of a probability. That loses nothing against a softmax of
+    logarithms, and spares the gradient an exponential, but where a probability is so small that
+    it has lost digits, or is 0.
     """
+    losses = np.zeros(num_groups)
+    if not parts:
+        return losses
+    of_target = np.concatenate([part.of_target for part in parts])
     smallest = LEAST_PROBABILITY[dtype]
-    cross_entropy = -np.log(np.maximum(of_target, smallest))
-    small = of_target < smallest
-    if small.any():
-        few = small.nonzero()[0]
-        logarithms = torch.log_softmax(logits[torch.from_numpy(few)], dim=1, dtype=dtype)
-        cross_entropy[few] = -logarithms.numpy()[np.arange(len(few)), targets[few]]
-    return cross_entropy
+    cross_entropy = -np.log(np.maximum(of_target, smallest), dtype=of_target.dtype)
+    any_small = bool((of_target < smallest).any())
+    last = 0
+    for part in parts:
+        first, last = last, last + len(part.of_target)
+        own = cross_entropy[first:last]
+        if any_small:
+            few = (part.of_target < smallest).nonzero()[0]
+            picked = _take(logits[:, part.columns], part.rows)[torch.from_numpy(few)]
+            logarithms = torch.log_softmax(picked, dim=1, dtype=dtype).numpy()
+            own[few] = -logarithms[np.arange(len(few)), part.targets[few]]
+        losses[part.group] += np.multiply(own, part.share, dtype=np.float64).sum()
+    return losses
 
 
 def _groups_and_positions(
