@@ -98,9 +98,8 @@ def losses_and_gradient(
             if gradient is not None:
                 probabilities.numpy()[at_target] = of_target - 1
                 _put(gradient[:, columns], part, probabilities, part_share * factor_of_group[group])
-    losses = _losses(likelihoods, logits, tables.num_groups, dtype)
-    result = losses.sum() if reduction == "sum" else losses
-    return torch.from_numpy(np.asarray(result)).to(dtype), gradient
+    losses = torch.from_numpy(_losses(likelihoods, logits, tables.num_groups, dtype)).to(dtype)
+    return losses.sum() if reduction == "sum" else losses, gradient
 
 
 def scale_gradient(
