@@ -268,7 +268,7 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        example.figures.write(tmp_path / "a.txt", break_off)
+        figures.write(tmp_path / "a.txt", break_off)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     assert (tmp_path / "a.txt").read_text() == "whole"
 
