@@ -52,10 +52,10 @@ def triton_serves(device: torch.device) -> bool:
     return _triton_serves(device)
 
 
-# Whoever traces a graph takes their answer for a constant and does not look into them. This is what
-# `torch.compiler.assume_constant_result` does, but that would import all of TorchDynamo, and Triton.
+# Whoever traces a graph takes their answers for constants and does not look into them. This is
+# what `torch.compiler.assume_constant_result` does, which would import TorchDynamo, and Triton.
 for _constant in (_reasons, triton_serves):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _constant.__dict__["_dynamo_marked_constant"] = True
 
 
 @functools.lru_cache
