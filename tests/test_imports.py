@@ -116,7 +116,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops.triton_ops": {"tables", "ops.autograd", "ops.torch_ops", "ops.triton_kernels"},
     # They choose one.
     "ops.eager": {"ops.reference", "ops.torch_ops", "ops.cpu_ops"},
-    "ops.library": {"tables", "ops.eager", "ops.reference"},
+    "ops.library": {"tables", "ops.eager", "ops.reference", "ops.torch_ops"},
     "ops.dispatch": {"ops.eager", "ops.library", "ops.reference", "ops.torch_ops"},
     "ops": set(),
     "_arguments": set(),

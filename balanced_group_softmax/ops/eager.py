@@ -43,16 +43,19 @@ def require_triton(device: torch.device) -> None:
         )
 
 
-# Whoever traces a graph takes the answer for a constant and does not look into these two.
-@torch.compiler.assume_constant_result
 def _reasons(device: torch.device) -> str:
     return "; ".join(why_not_triton(device))
 
 
-@torch.compiler.assume_constant_result
 def triton_serves(device: torch.device) -> bool:
     """Whether `impl="auto"` takes the Triton kernels for a device; decided once."""
     return _triton_serves(device)
+
+
+# Whoever traces a graph takes their answers for constants and does not look into them. This is
+# what `torch.compiler.assume_constant_result` does, which would import TorchDynamo, and Triton.
+for _constant in (_reasons, triton_serves):
+    _constant.__dict__["_dynamo_marked_constant"] = True
 
 
 @functools.lru_cache
