@@ -12,6 +12,15 @@ import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = EXAMPLES / "torchvision_lvis_train.py"
+sys.path.insert(0, str(EXAMPLES))
+
+import lvis_demo_data  # noqa: E402
+
+FEW = [
+    lvis_demo_data.Category("star", "red", 30),
+    lvis_demo_data.Category("disc", "blue", 12),
+    lvis_demo_data.Category("bar", "cyan", 2),
+]
 
 
 def data_arguments(folder: Path) -> list[str]:

@@ -14,7 +14,6 @@ pytest.importorskip("lvis")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import feature_cache
-import lvis_demo_data
 import torchvision_lvis_train as example
 from checkpoints import Checkpoint
 from detection_data import LVISDetection, make_transforms
@@ -34,25 +33,11 @@ RECIPE = Recipe(
     batch_size=2,
     train="classifier",
 )
-FEW = [
-    lvis_demo_data.Category("star", "red", 30),
-    lvis_demo_data.Category("disc", "blue", 12),
-    lvis_demo_data.Category("bar", "cyan", 2),
-]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "data"
-    lvis_demo_data.write_demo_data(folder, 0, categories=FEW, val_instances=2)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def dataset(folder: Path) -> LVISDetection:
-    return LVISDetection(
-        folder / "train.json", folder / "train", transforms=make_transforms(flip=0.5)
-    )
+def dataset(few: Path) -> LVISDetection:
+    return LVISDetection(few / "train.json", few / "train", transforms=make_transforms(flip=0.5))
 
 
 @pytest.fixture
@@ -167,9 +152,9 @@ def test_size_is_that_of_the_files(tmp_path: Path, model: Any, dataset: LVISDete
     assert cache.contents.num_bytes == sum(sizes)
 
 
-def test_both_classifiers_train_from_it(folder: Path, tmp_path: Path) -> None:
+def test_both_classifiers_train_from_it(few: Path, tmp_path: Path) -> None:
     """And nothing but the classifier changes; a finished run is the same when it is repeated."""
-    arguments = [*data_arguments(folder), "--steps", "4", "--batch-size", "2"]
+    arguments = [*data_arguments(few), "--steps", "4", "--batch-size", "2"]
     states = []
     for name in ("a", "b"):
         cache = ["--cache-features", str(tmp_path / f"cache-{name}"), "--cache-draws", "2"]
@@ -185,8 +170,8 @@ def test_both_classifiers_train_from_it(folder: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a" / "metrics.json").read_text())["bags"]["AP"] is not None
 
 
-def test_only_the_classifier_can_train_from_it(folder: Path, tmp_path: Path, capsys: Any) -> None:
-    arguments = [*data_arguments(folder), "--steps", "1", "--batch-size", "2"]
+def test_only_the_classifier_can_train_from_it(few: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = [*data_arguments(few), "--steps", "1", "--batch-size", "2"]
     arguments += ["--bags.train", "box_head", "--cache-features", str(tmp_path / "cache")]
     assert example.main([*arguments, "--output", str(tmp_path / "run")]) == 2
     assert "`train` classifier with `--cache-features`" in capsys.readouterr().err

@@ -28,6 +28,7 @@ from checkpoints import Checkpoint
 from detectors import CLASSIFIER, make_detector, with_same_postprocessing
 from lvis_evaluation import FIXED
 from PIL import Image
+from pipeline_cases import FEW
 from recipe import Recipe
 from render_annotations import render
 from run_folder import make_run_folder, write_text
@@ -36,11 +37,6 @@ from balanced_group_softmax import GroupLayout, category_counts
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-FEW = [
-    lvis_demo_data.Category("star", "red", 30),
-    lvis_demo_data.Category("disc", "blue", 12),
-    lvis_demo_data.Category("bar", "cyan", 2),
-]
 SHORT = ["--steps", "2", "--batch-size", "2"]
 FILES = {
     *("metrics.json", "run.json", "table.md", "layout.json", "recipe.toml"),
@@ -51,13 +47,6 @@ KEYS = {
     *("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf"),
     *("AR", "ARs", "ARm", "ARl"),
 }
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("few") / "data"
-    lvis_demo_data.write_demo_data(folder, 0, categories=FEW, val_instances=2)
-    return folder
 
 
 def own_data(folder: Path, split: str = "train") -> list[str]:

@@ -13,7 +13,6 @@ pytest.importorskip("torchvision")
 pytest.importorskip("lvis")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import lvis_demo_data
 import torchvision_lvis_train as example
 from checkpoints import Checkpoint
 from detectors import CLASSIFIER, make_detector
@@ -22,24 +21,12 @@ from recipe import Recipe
 from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-FEW = [
-    lvis_demo_data.Category("star", "red", 30),
-    lvis_demo_data.Category("disc", "blue", 12),
-    lvis_demo_data.Category("bar", "cyan", 2),
-]
 SHORT = ["--steps", "2", "--batch-size", "2", "--short-sides", "64", "--long-side", "128"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "data"
-    lvis_demo_data.write_demo_data(folder, 0, categories=FEW, val_instances=2)
-    return folder
-
-
-def run(data: Path, output: Path, *options: str, stage: str = "softmax") -> dict[str, Any]:
+def run(few: Path, output: Path, *options: str, stage: str = "softmax") -> dict[str, Any]:
     """Run a stage; the figures of its detector."""
-    arguments = [*data_arguments(data), *SHORT, "--stage", stage, "--output", str(output)]
+    arguments = [*data_arguments(few), *SHORT, "--stage", stage, "--output", str(output)]
     assert example.main([*arguments, *options]) == 0
     metrics: dict[str, dict[str, Any]] = json.loads((output / "metrics.json").read_text())
     return metrics[example.STAGES[stage][-1]]
@@ -59,14 +46,14 @@ def run(data: Path, output: Path, *options: str, stage: str = "softmax") -> dict
     ],
     ids=" ".join,
 )
-def test_an_option_trains_and_evaluates(data: Path, tmp_path: Path, options: list[str]) -> None:
-    assert run(data, tmp_path / "run", *options)["AP"] is not None
+def test_an_option_trains_and_evaluates(few: Path, tmp_path: Path, options: list[str]) -> None:
+    assert run(few, tmp_path / "run", *options)["AP"] is not None
     checkpoint = Checkpoint.load(tmp_path / "run" / "softmax.pt")
     assert all(value.isfinite().all() for value in checkpoint.model.values())
 
 
 def test_a_compiled_backbone_is_the_same_detector(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Traced, and then run as it is: generating code takes minutes."""
     compile_ = nn.Module.compile
@@ -77,9 +64,9 @@ def test_a_compiled_backbone_is_the_same_detector(
         compile_(self, backend="eager", **options)
 
     monkeypatch.setattr(nn.Module, "compile", traced_only)
-    run(data, tmp_path / "compiled", "--compile")
+    run(few, tmp_path / "compiled", "--compile")
     assert traced == ["SmallBackbone"]
-    run(data, tmp_path / "plain")
+    run(few, tmp_path / "plain")
     states = [
         Checkpoint.load(tmp_path / name / "softmax.pt").model for name in ("compiled", "plain")
     ]
@@ -88,18 +75,18 @@ def test_a_compiled_backbone_is_the_same_detector(
         torch.testing.assert_close(states[0][name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_losses_are_logged_for_tensorboard(data: Path, tmp_path: Path) -> None:
+def test_losses_are_logged_for_tensorboard(few: Path, tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run(data, tmp_path / "run", "--tensorboard")
+    run(few, tmp_path / "run", "--tensorboard")
     events = reader.EventAccumulator(str(tmp_path / "run" / "tensorboard" / "softmax"))
     events.Reload()
     assert {"loss", "loss_classifier", "loss_box_reg"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
 
 
-def test_masks_are_trained_and_evaluated(data: Path, tmp_path: Path) -> None:
+def test_masks_are_trained_and_evaluated(few: Path, tmp_path: Path) -> None:
     config = str(example.DEMO.with_name("demo_mask.toml"))
-    metrics = run(data, tmp_path / "run", "--config", config, stage="compare")
+    metrics = run(few, tmp_path / "run", "--config", config, stage="compare")
     assert metrics["AP"] is not None
     assert metrics["segm_AP"] is not None
     table = (tmp_path / "run" / "table.md").read_text()
@@ -107,22 +94,22 @@ def test_masks_are_trained_and_evaluated(data: Path, tmp_path: Path) -> None:
     assert table.count("| balanced group softmax |") == 2
 
 
-def test_stages_one_by_one_and_a_checkpoint_from_elsewhere(data: Path, tmp_path: Path) -> None:
+def test_stages_one_by_one_and_a_checkpoint_from_elsewhere(few: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
     elsewhere = make_detector(
         Recipe(backbone="small", box_regression="shared", short_sides=(64,), long_side=128), 9
     )
     torch.save({"state_dict": elsewhere.state_dict()}, tmp_path / "elsewhere.pth")
     start = ["--checkpoint", str(tmp_path / "elsewhere.pth"), "--learning-rate", "1e-30"]
-    run(data, tmp_path / "one", *start)
+    run(few, tmp_path / "one", *start)
     state = Checkpoint.load(tmp_path / "one" / "softmax.pt").model
     for name, value in elsewhere.state_dict().items():
         if not name.startswith(CLASSIFIER) and "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(state[name], value, atol=1e-20, rtol=1e-6, msg=name)
 
     start = ["--checkpoint", str(tmp_path / "one" / "softmax.pt")]
-    run(data, tmp_path / "two", *start, stage="bags")
-    run(data, tmp_path / "control", *start, stage="continued")
+    run(few, tmp_path / "two", *start, stage="bags")
+    run(few, tmp_path / "control", *start, stage="continued")
     bags = Checkpoint.load(tmp_path / "two" / "bags.pt").model
     control = Checkpoint.load(tmp_path / "control" / "softmax_continued.pt").model
     for name, value in state.items():
@@ -143,21 +130,21 @@ def test_stages_one_by_one_and_a_checkpoint_from_elsewhere(data: Path, tmp_path:
     ],
 )
 def test_what_stage_two_cannot_start_from(
-    data: Path, tmp_path: Path, capsys: Any, options: list[str], message: str
+    few: Path, tmp_path: Path, capsys: Any, options: list[str], message: str
 ) -> None:
     if "{" in "".join(options):
-        run(data, tmp_path / "one", stage="compare")
+        run(few, tmp_path / "one", stage="compare")
         places = {name: str(tmp_path / "one" / f"{name}.pt") for name in ("softmax", "bags")}
         options = [option.format(**places) for option in options]
     output = [] if "--resume" in options else ["--output", str(tmp_path / "run")]
-    arguments = [*data_arguments(data), *SHORT, "--stage", "bags", *output]
+    arguments = [*data_arguments(few), *SHORT, "--stage", "bags", *output]
     assert example.main([*arguments, *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_images_that_cannot_be_read_are_passed_and_listed(data: Path, tmp_path: Path) -> None:
-    shutil.copytree(data, tmp_path / "data")
+def test_images_that_cannot_be_read_are_passed_and_listed(few: Path, tmp_path: Path) -> None:
+    shutil.copytree(few, tmp_path / "data")
     bad = [sorted((tmp_path / "data" / part).iterdir())[1] for part in ("train", "val")]
     for path in bad:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
