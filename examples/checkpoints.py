@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from detectors import make_detector
-from recipe import Recipe
+from recipe import ARCHITECTURE, Recipe
 from run_folder import write
 from torchvision.models.detection import FasterRCNN
 
@@ -73,7 +73,12 @@ class Checkpoint:
 
         def save_to_disk(partial: Path) -> None:
             with partial.open("wb") as file:
-                torch.save(content, file)
+                try:
+                    torch.save(content, file)
+                except RuntimeError as error:  # what its zip writer makes of a full disk
+                    if isinstance(error.__context__, OSError):
+                        raise error.__context__ from None
+                    raise
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -102,9 +107,15 @@ class Checkpoint:
             content["training"],
         )
 
-    def make_model(self) -> FasterRCNN:
-        """Build the detector with its weights, on the CPU."""
-        recipe = dataclasses.replace(self.recipe, weights="none")  # downloads nothing
+    def make_model(self, recipe: Recipe | None = None) -> FasterRCNN:
+        """Build the detector with its weights, on the CPU.
+
+        Args:
+            recipe: What is not of the architecture is taken from here, if given: how many RoIs
+                train, how images are resized, which detections are kept.
+        """
+        own = {name: getattr(self.recipe, name) for name in ARCHITECTURE}
+        recipe = dataclasses.replace(recipe or self.recipe, **own, weights="none")
         model = make_detector(recipe, len(self.categories.ids))
         if self.stage == "bags":
             layout = self.categories.layout(recipe.thresholds)

@@ -14,6 +14,8 @@ training script ends with
         raise SystemExit(f"error: {error}")
 """
 
+import hashlib
+import json
 import os
 import re
 import reprlib
@@ -194,6 +196,14 @@ class LVISDetection(torch.utils.data.Dataset[tuple[Tensor, Target]]):
     def labels(self, index: int) -> Tensor:
         """Return the labels of an image without reading it, e.g. for a sampler."""
         return self._labels[self._span(index)]
+
+    def fingerprint(self) -> str:
+        """Return a hash of what is trained on: images, boxes and labels."""
+        names = [os.path.basename(path) for path in self.paths]
+        digest = hashlib.sha256(json.dumps([self.image_ids, names]).encode())
+        for values in (self._starts, self._boxes.numpy(), self._labels.numpy()):
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         span = self._span(index)

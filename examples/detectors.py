@@ -10,6 +10,7 @@ from recipe import Recipe
 from small_detector import SharedBoxRegression, small_detector
 from softmax_classifier import SoftmaxClassifier
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchvision.models import get_model_weights, list_models
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -64,7 +65,15 @@ def make_detector(recipe: Recipe, num_categories: int) -> FasterRCNN:
         )
     if recipe.weights == "coco":
         load_what_fits(model, COCO_WEIGHTS[recipe.detector].get_state_dict(progress=True))
+    # Under autocast anchors and deltas would have the 8 or 11 bits of what they come from, which
+    # do not hold a pixel.
+    model.backbone.register_forward_hook(_in_float32)
+    model.rpn.head.register_forward_hook(_in_float32)
     return model
+
+
+def _in_float32(module: nn.Module, args: Any, output: Any) -> Any:
+    return tree_map(lambda value: value.float() if value.is_floating_point() else value, output)
 
 
 def _resnet_fpn(recipe: Recipe) -> nn.Module:
@@ -92,6 +101,8 @@ def load_what_fits(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
         ValueError: An entry of any other layer is of another size, or nothing fits.
     """
     own = model.state_dict()
+    if not own.keys() & state.keys():  # a backbone's own weights
+        state = {f"backbone.body.{name}": value for name, value in state.items()}
     fits: dict[str, Tensor] = {}
     for name, value in state.items():
         if name not in own or not isinstance(value, Tensor):
@@ -106,7 +117,7 @@ def load_what_fits(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     if not fits:
         raise ValueError(
             f"Expected weights of this detector, such as {next(iter(own))}, got "
-            f"{', '.join(list(state)[:3])}, ..."
+            f"{', '.join(name.removeprefix('backbone.body.') for name in list(state)[:3])}, ..."
         )
     model.load_state_dict(fits, strict=False)
     return sorted(own.keys() - fits.keys())

@@ -107,6 +107,13 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def share_buffers(model: nn.Module) -> None:
+    """Give every process the first one's running statistics, which training leaves different."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the model with gradients averaged over processes; itself where there is one."""
     if not dist.is_initialized():

@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from detection_data import LVISDetection, collate
 from detectors import CLASSIFIER
-from loading import Replacing
+from loading import BROKEN, Replacing, ignore_sigterm
 from recipe import Recipe
 from run_folder import write_json
 from torch import Tensor, nn
@@ -55,10 +56,12 @@ class Contents:
     features: int
     seed: int
     flip: float
+    recipe: str
+    """Options that decide what the detector makes of an image."""
     detector: str
     """Hash of the weights."""
     data: str
-    """Hash of the images and their labels."""
+    """Hash of the images, their boxes and labels."""
 
     @property
     def num_bytes(self) -> int:
@@ -91,6 +94,7 @@ class FeatureCache:
             if changed:
                 text = ", ".join(f"{key} {found.get(key)} and not {wanted[key]}" for key in changed)
                 raise ValueError(f"{self.folder}: Expected the cache of this run, got {text}")
+            self._reserve()
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if any(self.folder.iterdir()):
@@ -104,10 +108,18 @@ class FeatureCache:
                 f"{self.folder}: Expected room for {gigabytes(needed)} of features, found "
                 f"{gigabytes(free)}; ask for fewer --cache-draws, or another folder"
             )
-        for name, size in self._sizes().items():
-            with (self.folder / name).open("wb") as file:
-                file.truncate(size)
         write_json(about, asdict(self.contents))
+        self._reserve()
+
+    def _reserve(self) -> None:
+        """Make the files in full, as far as they are not: memory that has no room is no error."""
+        for name, size in self._sizes().items():
+            path = self.folder / name
+            if not path.exists() or path.stat().st_size != size:
+                with path.open("wb") as file:
+                    if size and hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(file.fileno(), 0, size)
+                    file.truncate(size)
 
     def _sizes(self) -> dict[str, int]:
         c = self.contents
@@ -178,9 +190,7 @@ def contents_of(
         if not name.startswith(CLASSIFIER):
             weights.update(name.encode())
             weights.update(value.detach().cpu().contiguous().numpy().tobytes())
-    data = hashlib.sha256(json.dumps(dataset.image_ids).encode())
-    for index in range(len(dataset)):
-        data.update(dataset.labels(index).numpy().tobytes())
+    options = ("short_sides", "long_side", "foreground_share", "batch_size", "amp")
     return Contents(
         draws=draws,
         images=len(dataset),
@@ -188,8 +198,9 @@ def contents_of(
         features=classifier.in_features,
         seed=seed,
         flip=recipe.flip,
+        recipe=", ".join(f"{name} {getattr(recipe, name)}" for name in options),
         detector=weights.hexdigest(),
-        data=data.hexdigest(),
+        data=dataset.fingerprint(),
     )
 
 
@@ -203,7 +214,7 @@ def fill(
     device: torch.device,
     num_workers: int = 0,
     skip_broken: bool = False,
-) -> None:
+) -> list[str]:
     """Run a softmax detector over the training images, as often as there are draws.
 
     Args:
@@ -215,9 +226,13 @@ def fill(
         num_workers: Processes that load images.
         skip_broken: Take the next image in place of one that cannot be read.
 
+    Returns:
+        What was wrong with images, in every process.
+
     Raises:
         ImageError: An image cannot be read.
     """
+    broken: list[str] = []
     detector, recorder = _recording(model)
     detector.to(device).train()
     counts: list[int] = []
@@ -239,6 +254,7 @@ def fill(
         ],
         collate_fn=collate,
         num_workers=num_workers,
+        worker_init_fn=ignore_sigterm,
     )
     bar = tqdm(
         zip(mine, loader, strict=True),
@@ -249,6 +265,7 @@ def fill(
     )
     for batch, (images, targets) in bar:
         counts.clear()
+        broken += [reason for target in targets for reason in target.get(BROKEN, ())]
         torch.manual_seed(_seed(cache.contents.seed, *batch[0]))
         with torch.autocast(device.type, AUTOCAST.get(recipe.amp), enabled=recipe.amp != "off"):
             detector(
@@ -263,6 +280,7 @@ def fill(
             cache.put(draw, image, features, labels)
     hook.remove()
     distributed.barrier()
+    return [reason for part in distributed.gathered(broken) for reason in part]
 
 
 def _recording(model: nn.Module) -> tuple[nn.Module, Recorder]:
@@ -306,7 +324,7 @@ class CachedClassifier(nn.Module):
             features: Of each image, [n, F].
             targets: Of each image `labels`, [n].
         """
-        logits = self.classifier(torch.cat(features).float())
+        logits = self.classifier(torch.cat([part.float() for part in features]))
         labels = torch.cat([target["labels"] for target in targets])
         if type(self.classifier) is nn.Linear:
             return {"loss_classifier": F.cross_entropy(logits, labels)}

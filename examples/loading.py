@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -90,6 +91,11 @@ def repeat_factors(dataset: LVISDetection, threshold: float) -> Tensor:
     return image_repeat_factors(labels, factors)
 
 
+def ignore_sigterm(worker: int) -> None:
+    """Leave it to the main process, which saves, when all processes are asked to end."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class TrainingBatches:
     """Batches from any place on, for ever; call it with the place."""
 
@@ -110,6 +116,7 @@ class TrainingBatches:
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=num_workers,
+            worker_init_fn=ignore_sigterm,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),

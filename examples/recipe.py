@@ -147,6 +147,21 @@ class Recipe:
         if self.backbone == "small" and self.weights != "none":
             raise ValueError(f"Expected `weights` none with `backbone` small, got {self.weights}")
 
+    def check_start(self, *, from_checkpoint: bool) -> None:
+        """Check that nothing stays as it was drawn at random.
+
+        Raises:
+            ValueError: A ResNet starts from nothing, and a part of it does not train.
+        """
+        if self.backbone == "small" or self.weights != "none" or from_checkpoint:
+            return
+        if self.norm == "frozen" or self.trainable_layers < 5:
+            raise ValueError(
+                "Expected `weights` imagenet or coco, a `--checkpoint`, or `norm` batch and "
+                f"`trainable_layers` 5 to start from nothing, got `weights` none, `norm` "
+                f"{self.norm}, `trainable_layers` {self.trainable_layers}"
+            )
+
     def to_toml(self) -> str:
         """All options as text that `from_toml` reads."""
         return tomli_w.dumps(self._values())
@@ -242,8 +257,11 @@ def recipes_of(*sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Recipe]:
     for stage in STAGES:
         values: dict[str, Any] = {}
         for source in sources:
-            values.update(source.get("", {}))
-            values.update(source.get(stage, {}))
+            for table in ("", stage):
+                own = source.get(table, {})
+                if "epochs" in own and "steps" not in own:
+                    values["steps"] = 0  # the later word
+                values.update(own)
         made[stage] = Recipe(**values)
     return made
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints import Categories
-from detection_data import LVISDetection, make_transforms
+from detection_data import LVISDetection
 from lvis_evaluation import read_frequencies
 
 from balanced_group_softmax import category_counts
@@ -63,12 +63,11 @@ def named_files(
     )
 
 
-def load_data(files: Files, *, flip: float, masks: bool, skip_broken: bool, progress: bool) -> Data:
+def load_data(files: Files, *, masks: bool, skip_broken: bool, progress: bool) -> Data:
     """Read annotations, and look at the header of every image.
 
     Args:
         files: Where things are.
-        flip: Probability of a flip in training.
         masks: Read the masks of training images.
         skip_broken: Leave images to the loaders, which go past those that are broken.
         progress: Show bars.
@@ -77,9 +76,7 @@ def load_data(files: Files, *, flip: float, masks: bool, skip_broken: bool, prog
         OSError: A file is missing.
         ValueError: Annotations are not valid, do not fit together, or have no images.
     """
-    train = LVISDetection(
-        files.annotations, files.images, transforms=make_transforms(flip=flip), masks=masks
-    )
+    train = LVISDetection(files.annotations, files.images, masks=masks)
     val = LVISDetection(files.val_annotations, files.val_images)
     if len(train) == 0 or len(val) == 0:
         raise ValueError(

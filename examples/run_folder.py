@@ -9,8 +9,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 def make_run_folder(output: str | os.PathLike[str] | None, name: str) -> Path:
     """Return a new or empty folder.
@@ -73,7 +71,3 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_checkpoint(path: Path, state_dict: dict[str, torch.Tensor]) -> None:
-    write(path, lambda partial: torch.save(state_dict, partial))

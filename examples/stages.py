@@ -15,6 +15,7 @@ from typing import Any
 import distributed
 import torch
 from checkpoints import Checkpoint, State, read_state
+from detection_data import make_transforms
 from detectors import CLASSIFIER, load_what_fits, make_detector
 from feature_cache import (
     PREDICTOR,
@@ -86,15 +87,18 @@ def run_stage(setting: Setting, name: str, start: Checkpoint | None) -> Checkpoi
     done, partial = setting.folder / f"{name}.pt", setting.folder / f"{name}.training.pt"
     recipe = setting.recipe(name)
     if setting.resume and done.exists():
+        if distributed.is_first():
+            partial.unlink(missing_ok=True)  # of a run that was killed in between
         return checked(Checkpoint.load(done), setting, recipe, done)
     resumed = None
     if setting.resume and partial.exists():
         resumed = checked(Checkpoint.load(partial), setting, recipe, partial)
+    setting.data.train.transforms = make_transforms(flip=recipe.flip)
     torch.manual_seed(setting.seed)
     if resumed is not None:
         model = resumed.make_model()
     elif start is not None:
-        model = start.make_model()
+        model = start.make_model(recipe)
         if name == BAGS:
             layout = setting.data.categories.layout(recipe.thresholds)
             convert_to_bags(model, layout, recipe.others_ratio)
@@ -198,10 +202,10 @@ def filled_cache(setting: Setting, start: Checkpoint, recipe: Recipe) -> Feature
             f"reads, got {recipe.train}"
         )
     assert setting.cache is not None
-    model, data = start.make_model(), setting.data.train
+    model, data = start.make_model(recipe), setting.data.train
     contents = contents_of(model, data, recipe, draws=setting.cache_draws, seed=setting.seed)
     cache = FeatureCache(setting.cache, contents)
-    fill(
+    broken = fill(
         cache,
         model,
         data,
@@ -210,6 +214,7 @@ def filled_cache(setting: Setting, start: Checkpoint, recipe: Recipe) -> Feature
         num_workers=setting.num_workers,
         skip_broken=setting.skip_broken,
     )
+    setting.broken.update(dict.fromkeys(broken))
     return cache
 
 
@@ -234,21 +239,20 @@ def checked(checkpoint: Checkpoint, setting: Setting, recipe: Recipe, path: Path
 
 
 def start_of_stage_two(
-    path: Path, data: Data, recipe: Recipe, given: set[str]
+    path: Path, start: Checkpoint, data: Data, recipe: Recipe, given: set[str]
 ) -> tuple[Checkpoint, Recipe]:
     """Return a trained softmax detector, and the recipe with its architecture.
 
     Args:
-        path: A checkpoint of stage one, or of its continuation.
+        path: Of the checkpoint, for messages.
+        start: A checkpoint of stage one, or of its continuation.
         data: What is trained on.
         recipe: Of stage two.
         given: The options that somebody asked for, which must not contradict the checkpoint.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: It is something else, or does not fit.
+        ValueError: It does not fit.
     """
-    start = Checkpoint.load(path)
     if start.stage == BAGS:
         raise ValueError(f"{path}: Expected a detector with plain softmax to start from, got bags")
     if start.categories.ids != data.categories.ids:

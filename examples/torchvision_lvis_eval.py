@@ -138,6 +138,12 @@ def check_arguments(args: argparse.Namespace) -> None:
             check_suffix(args.out)
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"Expected 1 or more, got {text}")
+    return int(text)
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,7 +164,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("of a checkpoint").add_argument
     add("--images", metavar="DIR", help="folder of the images, with --annotations")
     add("--out", metavar="RESULTS", type=Path, help="keep the detections, .json or .pkl")
-    add("--batch-size", type=int, help="images of a batch (default: that of training)")
+    add("--batch-size", type=positive, help="images of a batch (default: that of training)")
     add("--num-workers", type=int, default=0, help="processes that load images (default: 0)")
     add("--device", help="such as cuda:1 or cpu (default: a GPU if there is one)")
     add("--skip-broken", action="store_true", help="go past images that cannot be read")

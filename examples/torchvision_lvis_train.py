@@ -42,7 +42,15 @@ from checkpoints import Checkpoint
 from detection_data import ImageError
 from lvis_demo_data import write_demo_data
 from lvis_evaluation import Metrics, check_installed
-from recipe import FIELDS, add_options, given_options, read_options, recipes_of, run_toml
+from recipe import (
+    ARCHITECTURE,
+    FIELDS,
+    add_options,
+    given_options,
+    read_options,
+    recipes_of,
+    run_toml,
+)
 from run_data import Files, describe, load_data, named_files
 from run_folder import make_run_folder, write_json, write_text
 from run_results import (
@@ -110,22 +118,22 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
         files = distributed.first_does(lambda: draw_demo_data(args, folder))
     elif not args.val_annotations and distributed.is_first():
         print("No --val-annotations: evaluating on the training images.")
+    in_stage_two = args.stage in ("continued", "bags")
+    start = Checkpoint.load(args.checkpoint) if in_stage_two else None
+    detector = (start.recipe if start is not None else recipes["softmax"]).detector
     data = load_data(
         files,
-        flip=recipes["softmax"].flip,
-        masks=recipes["softmax"].detector == "mask_rcnn",
+        masks=detector == "mask_rcnn",
         skip_broken=args.skip_broken,
         progress=distributed.is_first(),
     )
-    if args.stage in ("continued", "bags"):
+    if start is not None:
         given = {name for source in options for table in source.values() for name in table}
         start, recipes["bags"] = start_of_stage_two(
-            args.checkpoint, data, recipes["bags"], given & FIELDS.keys()
+            args.checkpoint, start, data, recipes["bags"], given & FIELDS.keys()
         )
     elif args.checkpoint:
         start = with_weights_of(args.checkpoint, recipes["softmax"], data)
-    else:
-        start = None
     setting = Setting(
         folder=folder,
         data=data,
@@ -146,7 +154,8 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
             report_epoch(setting, name, model, epoch) if epoch % args.evaluate_every == 0 else None
         )
     if distributed.is_first():
-        write_text(folder / EFFECTIVE, run_toml(recipes, run_options(args)))
+        if not (args.resume and (folder / EFFECTIVE).exists()):
+            write_text(folder / EFFECTIVE, run_toml(recipes, run_options(args)))
         groups = ", ".join(f"{name}: {len(ids)}" for name, ids in groups_of(setting).items())
         print(
             f"{describe(data)}\nGroups by training instances: {groups}\n"
@@ -314,7 +323,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         OSError: The configuration cannot be read.
         ValueError: Arguments do not go together, or an option has a bad value.
     """
-    recipes_of(read_options(args.config or DEMO), given_options(args))
+    recipes = recipes_of(read_options(args.config or DEMO), given_options(args))
+    if args.stage == "compare":
+        for name in ARCHITECTURE:
+            one, two = (getattr(recipes[stage], name) for stage in ("softmax", "bags"))
+            if one != two:
+                raise ValueError(f"Expected the same `{name}` in both stages, got {one} and {two}")
+    if args.stage in ("compare", "softmax"):
+        recipes["softmax"].check_start(from_checkpoint=bool(args.checkpoint))
     if args.resume and not args.output:
         raise ValueError("Expected `--output` with `--resume`, got none")
     if args.stage in ("continued", "bags") and not args.checkpoint:

@@ -83,6 +83,7 @@ def train(job: Job, resume: State | None = None) -> None:
 
     def save() -> None:
         watch.look(step)  # nothing that is not finite is kept
+        check_weights(job, step)
         job.save(
             {
                 "step": step,
@@ -119,11 +120,14 @@ def train(job: Job, resume: State | None = None) -> None:
             if step % job.save_every == 0 and step < job.steps:
                 save()
             if place[0] > epoch and step < job.steps:
+                distributed.share_buffers(job.model)
                 job.after_epoch(place[0])
             bar.update()
             bar.set_postfix(loss=f"{watch.last:.3f}", refresh=False)
+    check_weights(job, step)
     if mean is not None:
         job.model.load_state_dict(mean.module.state_dict())
+    distributed.share_buffers(job.model)
 
 
 class Stepper:
@@ -184,6 +188,20 @@ def forward(
     with torch.autocast(device.type, AUTOCAST.get(recipe.amp), enabled=recipe.amp != "off"):
         losses: dict[str, Tensor] = model(images, on_device)
     return losses
+
+
+def check_weights(job: Job, step: int) -> None:
+    """Look at what trains: a finite loss can have a gradient that is not.
+
+    Raises:
+        FloatingPointError: A weight is not finite, in any process.
+    """
+    finite = torch.stack([parameter.isfinite().all() for parameter in job.parameters]).all()
+    if distributed.agree(not bool(finite), job.device):
+        raise FloatingPointError(
+            f"Training {job.name} diverged before step {step + 1}: weights are not finite; "
+            "try a lower --learning-rate"
+        )
 
 
 def make_optimizer(job: Job) -> torch.optim.Optimizer:

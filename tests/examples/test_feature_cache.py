@@ -158,6 +158,7 @@ def test_both_classifiers_train_from_it(few: Path, tmp_path: Path) -> None:
     states = []
     for name in ("a", "b"):
         cache = ["--cache-features", str(tmp_path / f"cache-{name}"), "--cache-draws", "2"]
+        cache += ["--bags.amp", "float16"]
         assert example.main([*arguments, *cache, "--output", str(tmp_path / name)]) == 0
         states.append(
             {n: Checkpoint.load(tmp_path / name / f"{n}.pt").model for n in ("softmax", "bags")}

@@ -17,7 +17,7 @@ import torchvision_lvis_train as example
 from checkpoints import Checkpoint
 from detectors import CLASSIFIER, make_detector
 from pipeline_cases import data_arguments
-from recipe import Recipe
+from recipe import Recipe, read_options, recipes_of
 from torch import nn
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -155,3 +155,50 @@ def test_images_that_cannot_be_read_are_passed_and_listed(few: Path, tmp_path: P
     assert example.main(again) == 0
     lines = (tmp_path / "again" / "broken_images.txt").read_text().splitlines()
     assert [line.partition(": ")[0] for line in lines] == [str(path) for path in bad]
+
+
+def test_stage_two_follows_its_own_recipe(few: Path, tmp_path: Path) -> None:
+    run(few, tmp_path / "one")
+    start = ["--checkpoint", str(tmp_path / "one" / "softmax.pt")]
+    heads = []
+    changes: list[list[str]] = [
+        *([], ["--rois-per-image", "4"], ["--foreground-share", "0.03"]),
+        *(["--bags.flip", "0"], ["--short-sides", "96"]),
+    ]
+    for number, change in enumerate(changes):
+        run(few, tmp_path / str(number), *start, *change, stage="bags")
+        state = Checkpoint.load(tmp_path / str(number) / "bags.pt").model
+        heads.append(state[f"{CLASSIFIER}fc.weight"])
+    for change, head in zip(changes[1:], heads[1:], strict=True):
+        assert not torch.equal(head, heads[0]), change
+
+
+def test_both_stages_have_the_same_architecture(few: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = [*data_arguments(few), *SHORT, "--bags.box-regression", "category"]
+    assert example.main([*arguments, "--output", str(tmp_path / "run")]) == 2
+    assert "Expected the same `box_regression` in both stages" in capsys.readouterr().err
+
+
+def test_nothing_stays_random_and_frozen(few: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = [*data_arguments(few), *SHORT, "--backbone", "resnet50", "--stage", "softmax"]
+    assert example.main([*arguments, "--output", str(tmp_path / "run")]) == 2
+    assert "to start from nothing, got `weights` none" in capsys.readouterr().err
+
+
+def test_boxes_keep_their_digits_under_autocast() -> None:
+    model = make_detector(Recipe(backbone="small", short_sides=(64,), long_side=128), 3).train()
+    seen = []
+    model.roi_heads.box_roi_pool.register_forward_pre_hook(
+        lambda module, args: seen.extend(boxes.dtype for boxes in args[1])
+    )
+    target = {"boxes": torch.tensor([[1.0, 1.0, 30.0, 30.0]]), "labels": torch.tensor([1])}
+    with torch.autocast("cpu", torch.bfloat16):
+        model([torch.rand(3, 64, 64)], [target])
+    assert set(seen) == {torch.float32}
+
+
+def test_a_later_word_on_epochs_replaces_steps() -> None:
+    made = recipes_of(read_options(example.DEMO), {"": {"epochs": 2.0}})
+    assert [one.steps for one in made.values()] == [0, 0]
+    made = recipes_of(read_options(example.DEMO), {"": {"epochs": 2.0, "steps": 5}})
+    assert [one.steps for one in made.values()] == [5, 5]

@@ -107,13 +107,25 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     saved = 0
     save = torch.save
 
+    class Full:
+        """A file on a disk with room for a little more."""
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.room = file, 100_000
+
+        def write(self, content: Any) -> int:
+            self.room -= len(content)
+            if self.room < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return int(self.file.write(content))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
     def full(content: Any, file: Any) -> None:
         nonlocal saved
         saved += 1
-        if saved > 2:
-            file.write(b"half of it")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(content, file)
+        save(content, file if saved <= 2 else Full(file))
 
     monkeypatch.setattr(checkpoints.torch, "save", full)
     folder = tmp_path / "run"
@@ -154,11 +166,12 @@ def test_another_run_is_not_resumed(
     bad = ["--learning-rate", "1e30", "--warmup-start", "1e-38", "--warmup-steps", "5"]
     bad += ["--max-gradient-norm", "0", "--optimizer", "sgd"]
     assert example.main([*arguments, *bad, "--output", str(folder)]) == 2
-    before = (folder / "softmax.training.pt").read_bytes()
+    names = ("softmax.training.pt", "recipe.toml")
+    before = [(folder / name).read_bytes() for name in names]
     again = [*arguments, *bad, *changes, "--output", str(folder), "--resume"]
     assert example.main(again) == 2
     assert message in capsys.readouterr().err
-    assert (folder / "softmax.training.pt").read_bytes() == before
+    assert [(folder / name).read_bytes() for name in names] == before
 
 
 @pytest.mark.parametrize(
