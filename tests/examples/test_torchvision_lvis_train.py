@@ -445,7 +445,7 @@ def test_bad_validation_images_are_told_before_training(few, tmp_path, monkeypat
         ["--bags.others-ratio", "-1"],
         ["--thresholds", "10", "10"],
         ["--short-sides", "8"],
-        ["--backbone", "resnet1"],
+        ["--backbone", "resnet1", "--weights", "imagenet"],
     ],
     ids=str,
 )
