@@ -7,6 +7,7 @@ Without torchrun there is one process, and every function here does what that ne
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        # A wrapped model that outlives the group keeps gloo's threads up to the interpreter's own
+        # end, which they do not always survive: the process aborts after its work is done.
+        gc.collect()
         dist.destroy_process_group()
 
 

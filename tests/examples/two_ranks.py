@@ -4,9 +4,12 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from balanced_group_softmax import BAGSHead, GroupLayout
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import distributed
 
 COUNTS = [3, 2500, 40, 7, 600, 12, 90]
 FEATURES = 5
@@ -27,9 +30,7 @@ def head(others_ratio: float) -> BAGSHead:
     return made
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
-    rank, size = dist.get_rank(), dist.get_world_size()
+def of_this_rank(rank: int, size: int) -> dict[str, dict[str, torch.Tensor]]:
     features, labels = (part.chunk(size)[rank] for part in rows())
     found = {}
     for ratio in (float("inf"), 1.0):
@@ -40,8 +41,14 @@ def main() -> None:
         loss.backward()
         counted = model.module.fc.weight.grad
         found[str(ratio)] = {"loss": loss.detach(), "gradient": counted, "logits": logits.detach()}
+    return found
+
+
+def main() -> None:
+    with distributed.process_group(torch.device("cpu")):
+        rank = distributed.rank()
+        found = of_this_rank(rank, distributed.world_size())
     torch.save(found, Path(sys.argv[1]) / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
