@@ -160,6 +160,11 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
             report_epoch(setting, name, model, epoch) if epoch % args.evaluate_every == 0 else None
         )
     if distributed.is_first():
+        if args.annotations and not args.config and start is None:
+            print(
+                "No --config: training the demo's small detector; those of the paper are in "
+                f"{DEMO.parent}"
+            )
         if not (args.resume and (folder / EFFECTIVE).exists()):
             write_text(folder / EFFECTIVE, run_toml(recipes, run_options(args)))
         groups = ", ".join(f"{name}: {len(ids)}" for name, ids in groups_of(setting).items())
@@ -328,10 +333,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--cache-draws",
         type=whole(1),
-        default=1,
+        default=2,
         metavar="N",
         help="times that the detector runs over the data for it, with other flips and RoIs "
-        "(default: 1)",
+        "(default: 2)",
     )
     add("--tensorboard", action="store_true", help="log losses for TensorBoard")
     add_options(parser)
