@@ -37,6 +37,8 @@ else:
 
 STAGES = ("softmax", "bags")
 """Stage one, the whole detector with plain softmax; stage two, from there."""
+STAGE_DEFAULTS: dict[str, dict[str, Any]] = {"softmax": {}, "bags": {"learning_rate": 0.01}}
+"""Where they are not those of `Recipe`."""
 REFERENCE_BATCH = 16
 """Images a step that learning rates are stated for, as in the original's schedules."""
 
@@ -110,8 +112,7 @@ class Recipe:
     optimizer: Literal["sgd", "adamw"] = option("sgd", "how weights move")
     learning_rate: float = option(
         0.02,
-        "for 16 images a step; scaled to what there are. The original's is 0.02 in stage one and "
-        "0.01 in stage two",
+        "for 16 images a step; scaled to what there are. In stage two the default is 0.01",
         above=0,
     )
     scale_learning_rate: bool = option(True, "scale it to the images of a step")
@@ -270,7 +271,7 @@ def recipes_of(*sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Recipe]:
     """Return the recipe of each stage; later sources win, and a stage's own option wins in each."""
     made = {}
     for stage in STAGES:
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = dict(STAGE_DEFAULTS[stage])
         for source in sources:
             for table in ("", stage):
                 own = source.get(table, {})
