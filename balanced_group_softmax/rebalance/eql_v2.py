@@ -117,7 +117,8 @@ class EQLv2Classifier(LinearClassifier):
             raise TypeError(f"Expected `objectness` to be a bool, got {type(objectness).__name__}")
         self.objectness = objectness
         device = self.fc.weight.device
-        zeros = torch.zeros(self.num_categories, dtype=torch.float32, device=device)
+        kind = torch.float64 if self.fc.weight.dtype == torch.float64 else torch.float32
+        zeros = torch.zeros(self.num_categories, dtype=kind, device=device)
         self.register_buffer("positive_gradients", zeros)
         self.register_buffer("negative_gradients", zeros.clone())
 

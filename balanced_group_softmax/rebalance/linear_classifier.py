@@ -185,7 +185,7 @@ class LinearClassifier(nn.Module):
         made.load_state_dict({key: mine[key] for key in made.state_dict() if key in mine})
         return made
 
-    # --- what a method says of itself ---------------------------------------------------------
+    # --- what a method says of itself ------------------------------------------------------------
 
     @property
     def num_logits(self) -> int:
@@ -237,7 +237,7 @@ class LinearClassifier(nn.Module):
         """Rows (or biases) of the linear layer, from those of a softmax classifier."""
         return rows
 
-    # --- labels and shapes --------------------------------------------------------------------
+    # --- labels and shapes -----------------------------------------------------------------------
 
     @property
     def in_features(self) -> int:
@@ -329,7 +329,7 @@ class LinearClassifier(nn.Module):
         has_one = (categories >= 0) & (categories < self.num_categories) & rows.counted
         return torch.where(has_one, categories, -1)
 
-    # --- state --------------------------------------------------------------------------------
+    # --- state -----------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
         """What the extra state holds: the method's name, sizes and settings."""
@@ -420,7 +420,7 @@ def _read_state(state: Any, prefix: str) -> dict[str, Any]:
     return about
 
 
-# --- sigmoids ---------------------------------------------------------------------------------
+# --- sigmoids ------------------------------------------------------------------------------------
 
 
 def log_odds_of_softmax(

@@ -59,8 +59,8 @@ class LogitAdjustedClassifier(LinearClassifier):
         ValueError: if a number is out of range, a name unknown, or the counts do not fit.
 
     Source: Ren et al., *Balanced Meta-Softmax for Long-Tailed Visual Recognition*, NeurIPS 2020,
-    section 3; Menon et al., *Long-tail learning via logit adjustment*, ICLR 2021, section 4, in both
-    of its forms.
+    section 3; Menon et al., *Long-tail learning via logit adjustment*, ICLR 2021, section 4, both
+    forms.
 
     Example:
         >>> head = LogitAdjustedClassifier(4, 3, counts=[1, 10, 100])
