@@ -57,7 +57,7 @@ from balanced_group_softmax.rebalance.repeat_factors import RepeatFactorSampler
 list(RepeatFactorSampler([1.0, 2.5]))
 from balanced_group_softmax.rebalance import (
     class_weights, eql_v2, federated, focal, logit_adjustment, nearest_class_mean, seesaw, softmax,
-    tail_subset, tau_norm,
+    tail_subset, tau_norm, tau_norm_select,
 )
 weights = class_weights.inverse_frequency_weights(counts)
 for method, settings in (

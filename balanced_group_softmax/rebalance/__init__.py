@@ -9,6 +9,7 @@ Classifiers that take the place of a detector's last layer (`adapters.protocol.C
 - `eql_v2.EQLv2Classifier`: equalization loss v2
 - `federated.FederatedClassifier`: federated loss
 - `nearest_class_mean.NearestClassMean`: class means, without training
+- `tau_norm_select.TauSelectClassifier`: tau-normalisation for some rows, without training
 
 Functions and samplers around a classifier: `class_weights`, `tau_norm`, `repeat_factors`,
 `tail_subset`. docs/methods.md has the table of all.

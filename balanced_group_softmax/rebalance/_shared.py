@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from balanced_group_softmax._arguments import as_float, as_int_array, shown
 from balanced_group_softmax.layout import Background
@@ -116,3 +116,34 @@ def as_label_rows(labels: Any, num_categories: int, first: int) -> list[np.ndarr
                 f"got {row[bad.argmax()]} in image {image}"
             )
     return rows
+
+
+def frozen_copy(linear: nn.Linear) -> nn.Linear:
+    """A layer of its own that does not train."""
+    made = nn.Linear(
+        linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
+    )
+    made.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+    if linear.bias is not None:
+        made.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+    return made
+
+
+def as_category_mask(select: Any, num_categories: int) -> Tensor:
+    """Categories given as indices, as bool [C] or as None for all, as bool [C]."""
+    if select is None:
+        return torch.ones(num_categories, dtype=torch.bool)
+    if getattr(select, "dtype", None) in (torch.bool, bool):
+        mask = torch.as_tensor(select).cpu()
+        if mask.shape != (num_categories,):
+            raise ValueError(
+                f"Expected `select` as bool [{num_categories}], got shape {list(mask.shape)}"
+            )
+        return mask
+    indices = torch.from_numpy(as_int_array(select, "select"))
+    bad = (indices < 0) | (indices >= num_categories)
+    if bad.any():
+        raise ValueError(
+            f"Expected `select` in [0, {num_categories - 1}], got {int(indices[bad][0])}"
+        )
+    return torch.zeros(num_categories, dtype=torch.bool).index_fill_(0, indices, True)

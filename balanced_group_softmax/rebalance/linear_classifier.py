@@ -7,7 +7,6 @@ take the place of a detector's last classification layer.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -17,6 +16,12 @@ from torch import Tensor, nn
 
 from balanced_group_softmax._arguments import as_int, shown
 from balanced_group_softmax.layout import Background
+from balanced_group_softmax.rebalance._described import (
+    DescribedModule,
+    description_of,
+    load_under,
+    matrix_of,
+)
 from balanced_group_softmax.rebalance._shared import (
     check_background,
     check_labels,
@@ -25,10 +30,6 @@ from balanced_group_softmax.rebalance._shared import (
 )
 
 __all__ = ["LinearClassifier"]
-
-FORMAT_NAME = "balanced_group_softmax.rebalance"
-FORMAT_VERSION = 1
-EXTRA_STATE = "_extra_state"
 
 _Made = TypeVar("_Made", bound="LinearClassifier")
 
@@ -49,15 +50,11 @@ class Rows(NamedTuple):
         return total / self.number + self.poison
 
 
-class LinearClassifier(nn.Module):
+class LinearClassifier(DescribedModule):
     """A linear layer with a loss and scores of its own: the base of the methods.
 
-    The state dict holds `fc.weight`, `fc.bias`, what the method counts in training, and as
-    `_extra_state` a uint8 tensor of JSON with the method's name and settings, so that a checkpoint
-    says what it is (`from_state_dict`). Loading one of another method, another number of
-    categories, another label convention, or another setting that scores depend on raises
-    ValueError before a weight of the classifier is copied. Settings of training alone stay those of
-    the object that loads.
+    The state dict holds `fc.weight`, `fc.bias`, what the method counts in training, and a
+    description of the method (see `DescribedModule`), from which `from_state_dict` makes it anew.
 
     Args:
         in_features: width of the features.
@@ -158,14 +155,8 @@ class LinearClassifier(nn.Module):
         Raises:
             ValueError: if the entries are missing or of another method.
         """
-        about = _read_state(state_dict.get(prefix + EXTRA_STATE), prefix)
-        if about["method"] != cls.__name__:
-            raise ValueError(
-                f"Expected a checkpoint of {cls.__name__}, got one of {about['method']}"
-            )
-        weight = state_dict.get(f"{prefix}fc.weight")
-        if not isinstance(weight, Tensor) or weight.ndim != 2:
-            raise ValueError(f"Expected a matrix {prefix}fc.weight in the checkpoint, got none")
+        about = description_of(cls, state_dict, prefix)
+        weight = matrix_of(state_dict, f"{prefix}fc.weight")
         made = cls(
             weight.shape[1],
             about["num_categories"],
@@ -177,12 +168,7 @@ class LinearClassifier(nn.Module):
         )
         made.to_empty(device=weight.device)
         made.reset_state()
-        mine = {
-            key.removeprefix(prefix): value
-            for key, value in state_dict.items()
-            if key.startswith(prefix)
-        }
-        made.load_state_dict({key: mine[key] for key in made.state_dict() if key in mine})
+        load_under(made, state_dict, prefix)
         return made
 
     # --- what a method says of itself ------------------------------------------------------------
@@ -192,13 +178,10 @@ class LinearClassifier(nn.Module):
         """L; one for each label unless the method says otherwise."""
         return self.num_labels
 
-    def settings(self) -> dict[str, Any]:
-        """The method's own arguments, as JSON can hold them."""
-        return {}
-
-    def score_settings(self) -> tuple[str, ...]:
-        """Names of the settings that `scores` depends on."""
-        return ()
+    def describe(self) -> dict[str, Any]:
+        """What the extra state holds: the method's name, sizes and settings."""
+        about = super().describe()
+        return {**about, "settings": {**about["settings"], "ignore_index": self.ignore_index}}
 
     def losses(
         self, logits: Tensor, labels: Tensor, generator: torch.Generator | None = None
@@ -270,6 +253,11 @@ class LinearClassifier(nn.Module):
         """The sum of `losses`, a scalar."""
         return torch.stack(list(self.losses(logits, labels, generator).values())).sum()
 
+    def extra_repr(self) -> str:
+        """The settings, for printing."""
+        values = {"background": self.background, **self.settings()}
+        return ", ".join(f"{name}={shown(value)}" for name, value in values.items())
+
     def _rows(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Rows]:
         """Checked logits, wide enough and with 0 in rows that do not count; and the rows."""
         logits = self._checked(logits)
@@ -328,96 +316,6 @@ class LinearClassifier(nn.Module):
         categories = rows.labels - self.foreground.start
         has_one = (categories >= 0) & (categories < self.num_categories) & rows.counted
         return torch.where(has_one, categories, -1)
-
-    # --- state -----------------------------------------------------------------------------------
-
-    def describe(self) -> dict[str, Any]:
-        """What the extra state holds: the method's name, sizes and settings."""
-        return {
-            "format": FORMAT_NAME,
-            "format_version": FORMAT_VERSION,
-            "method": type(self).__name__,
-            "num_categories": self.num_categories,
-            "background": self.background,
-            "settings": {**self.settings(), "ignore_index": self.ignore_index},
-        }
-
-    def get_extra_state(self) -> Tensor:
-        """The description, for the state dict."""
-        return torch.frombuffer(bytearray(json.dumps(self.describe()), "utf-8"), dtype=torch.uint8)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Nothing to set: descriptions were compared before loading began."""
-
-    def check_state_dict(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
-        """Raise ValueError if the entries under `prefix` are of another classifier.
-
-        Loading does so by itself before it copies a weight of the classifier; a whole detector
-        calls it before it copies any. Entries that are absent are no concern of it.
-        """
-        if prefix + EXTRA_STATE in state_dict:
-            mine = json.loads(json.dumps(self.describe()))
-            theirs = _read_state(state_dict[prefix + EXTRA_STATE], prefix)
-            compared = [(key, mine[key], theirs[key]) for key in _STRUCTURE]
-            compared += [
-                (name, mine["settings"][name], theirs["settings"].get(name))
-                for name in self.score_settings()
-            ]
-            differing = [
-                f"{name} {shown(value)} instead of {shown(ours)}"
-                for name, ours, value in compared
-                if value != ours
-            ]
-            if differing:
-                raise ValueError(
-                    f"The checkpoint's {prefix or 'classifier.'}* has {'; '.join(differing)}. "
-                    f"Make the classifier with `from_state_dict`, or copy `fc` alone"
-                )
-        for name, parameter in self.fc.named_parameters():
-            value = state_dict.get(f"{prefix}fc.{name}")
-            if isinstance(value, Tensor) and value.shape != parameter.shape:
-                raise ValueError(
-                    f"Expected {prefix}fc.{name} of shape {list(parameter.shape)}, got "
-                    f"{list(value.shape)} in the checkpoint"
-                )
-
-    def extra_repr(self) -> str:
-        """The settings, for printing."""
-        values = {"background": self.background, **self.settings()}
-        return ", ".join(f"{name}={shown(value)}" for name, value in values.items())
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        self.check_state_dict(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-_STRUCTURE = ("method", "num_categories", "background")
-
-
-def _read_state(state: Any, prefix: str) -> dict[str, Any]:
-    """The description in an extra state, checked."""
-    where = f"{prefix}{EXTRA_STATE}"
-    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.ndim != 1:
-        raise ValueError(f"Expected {where} of the checkpoint to describe a classifier, got none")
-    text = bytes(state.cpu().tolist()).decode("utf-8", errors="replace")
-    try:
-        about = json.loads(text)
-    except (ValueError, RecursionError):
-        about = None
-    if not isinstance(about, dict) or about.get("format") != FORMAT_NAME:
-        raise ValueError(f"Expected {where} to describe a classifier, got {shown(text)}")
-    version = about.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"Expected {where} of format version {FORMAT_VERSION}, got {shown(version)}: it was "
-            f"written by another version of the library"
-        )
-    missing = {*_STRUCTURE, "settings"} - about.keys()
-    if missing or not isinstance(about["settings"], dict):
-        raise ValueError(f"Expected {where} with {sorted(missing) or 'settings'}, found none")
-    return about
 
 
 # --- sigmoids ------------------------------------------------------------------------------------

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from balanced_group_softmax._arguments import as_float, as_int
 from balanced_group_softmax.layout import Background
+from balanced_group_softmax.rebalance._described import (
+    DescribedModule,
+    description_of,
+    load_under,
+    matrix_of,
+)
 from balanced_group_softmax.rebalance._shared import (
     check_background,
     check_labels,
     foreground_of,
+    frozen_copy,
     summed_over_processes,
     widened,
 )
@@ -119,7 +129,7 @@ class ClassMeans:
         return self.sums / self.counts[:, None]
 
 
-class NearestClassMean(nn.Module):
+class NearestClassMean(DescribedModule):
     r"""A box classifier that scores categories by their nearness to class means.
 
     With the mean :math:`m_c` of a category and a temperature T:
@@ -143,7 +153,8 @@ class NearestClassMean(nn.Module):
     box-head features that the softmax classifier reads; a detector's adapter hands on box-head
     features only.
 
-    Means, counts and the softmax classifier are in the state dict.
+    Means, counts, the softmax classifier and a description of all are in the state dict
+    (`from_state_dict`).
 
     Args:
         means: float [C, F]; rows of categories without examples may hold anything.
@@ -218,7 +229,7 @@ class NearestClassMean(nn.Module):
                     f"Expected `softmax` with {self.num_categories + 1} outputs, got "
                     f"{softmax.out_features}"
                 )
-        self.softmax = _frozen_copy(softmax)
+        self.softmax = None if softmax is None else frozen_copy(softmax)
         # Zeros in place of whatever stands for a mean that is none.
         values = torch.where(seen[:, None], means.detach(), means.new_zeros(()))
         dtype = torch.float64 if means.dtype == torch.float64 else torch.float32
@@ -246,6 +257,42 @@ class NearestClassMean(nn.Module):
             temperature=temperature,
             background=means.background,
         )
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Any], prefix: str = "") -> NearestClassMean:
+        """Make the classifier that a checkpoint describes.
+
+        Args:
+            state_dict: of the classifier, or of a whole detector.
+            prefix: what the classifier's keys begin with.
+
+        Raises:
+            ValueError: if the entries are missing or of another method.
+        """
+        about = description_of(cls, state_dict, prefix)
+        means = matrix_of(state_dict, f"{prefix}class_means")
+        softmax = None
+        if about["background"] is not None:
+            weight = matrix_of(state_dict, f"{prefix}softmax.weight")
+            bias = f"{prefix}softmax.bias" in state_dict
+            softmax = nn.Linear(weight.shape[1], len(weight), bias, weight.device, weight.dtype)
+        made = cls(
+            means,
+            torch.ones(len(means), dtype=torch.int64, device=means.device),
+            softmax=softmax,
+            background=about["background"],
+            **about["settings"],
+        )
+        load_under(made, state_dict, prefix)
+        return made
+
+    def settings(self) -> dict[str, Any]:
+        """Metric and temperature."""
+        return {"metric": self.metric, "temperature": self.temperature}
+
+    def score_settings(self) -> tuple[str, ...]:
+        """All of them."""
+        return tuple(self.settings())
 
     def forward(self, features: Tensor, background_features: Tensor | None = None) -> Tensor:
         """Logits of features.
@@ -316,15 +363,3 @@ def _flattened(features: Tensor, num_features: int) -> Tensor:
             f"in a row, got {list(features.shape)}"
         )
     return features.reshape(len(features), num_features)
-
-
-def _frozen_copy(linear: nn.Linear | None) -> nn.Linear | None:
-    if linear is None:
-        return None
-    made = nn.Linear(
-        linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta"
-    )
-    made.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
-    if linear.bias is not None:
-        made.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-    return made

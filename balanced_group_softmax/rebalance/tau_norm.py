@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from balanced_group_softmax._arguments import as_float, as_int_array, as_tuple, shown
 from balanced_group_softmax.layout import Background
 from balanced_group_softmax.rebalance._shared import (
+    as_category_mask,
     check_background,
     check_labels,
     foreground_of,
     widened,
 )
 
-__all__ = ["TauSearch", "balanced_accuracy", "search_tau", "select_scores", "tau_normalize"]
+__all__ = ["TauSearch", "balanced_accuracy", "search_tau", "tau_normalize"]
 
 _Weights = TypeVar("_Weights", Tensor, nn.Linear)
 
@@ -43,7 +44,7 @@ def tau_normalize(
             It is not changed.
         tau: the power.
         select: categories (0..C-1) to normalise: indices, or bool [C]; None for all. With a
-            selection see also :func:`select_scores`, which is how the original selects.
+            selection see also `tau_norm_select`, which is how the original selects.
         background: where background stands among the rows: "first", "last" or None.
 
     Returns:
@@ -78,10 +79,9 @@ def tau_normalize(
             f"Expected `classifier` with a row for each label (background {background!r}), got "
             f"{len(weight)}"
         )
+    selected = as_category_mask(select, num_categories).to(weight.device)
     normalised = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
-    normalised[foreground_of(background, num_categories)] = _selection(select, num_categories).to(
-        weight.device
-    )
+    normalised[foreground_of(background, num_categories)] = selected
     norms = torch.linalg.vector_norm(widened(weight), dim=1)
     normalised &= norms > 0
     divisors = torch.where(normalised, norms, 1).pow(tau)
@@ -96,57 +96,6 @@ def tau_normalize(
     if layer.bias is not None:
         made.bias = nn.Parameter(layer.bias.detach().clone())
     return made  # type: ignore[return-value]
-
-
-def select_scores(
-    scores: Tensor, normalized: Tensor, select: Any, *, background: Background = "first"
-) -> Tensor:
-    """Take the scores of the normalised classifier for rows that it gives to selected categories.
-
-    "tau-norm-select" of the original: a row's scores are those of the normalised classifier (all
-    of them) if the plain one does not call it background and the normalised one's best label is a
-    selected category; else they stay. So a RoI is judged by one of the two classifiers, and heads
-    are spared what normalisation does to them.
-
-    Args:
-        scores: [R, num_labels] of the plain classifier.
-        normalized: [R, num_labels] of the one that :func:`tau_normalize` made.
-        select: categories (0..C-1): indices, or bool [C]; the original's are those with fewer than
-            100 instances (:func:`~balanced_group_softmax.rebalance.tail_subset.tail_categories`).
-        background: the label convention.
-
-    Returns:
-        [R, num_labels].
-
-    Raises:
-        TypeError: if scores are not tensors.
-        ValueError: if shapes differ, or a selected category does not exist.
-
-    Source: released code of Li et al., CVPR 2020.
-
-    Example:
-        >>> plain = torch.tensor([[0.1, 0.8, 0.1], [0.8, 0.1, 0.1]])
-        >>> other = torch.tensor([[0.1, 0.3, 0.6], [0.1, 0.3, 0.6]])
-        >>> select_scores(plain, other, [1])
-        tensor([[0.1000, 0.3000, 0.6000],
-                [0.8000, 0.1000, 0.1000]])
-    """
-    for name, values in (("scores", scores), ("normalized", normalized)):
-        if not isinstance(values, Tensor):
-            raise TypeError(f"Expected `{name}` to be a Tensor, got {type(values).__name__}")
-    if scores.ndim != 2 or scores.shape != normalized.shape:
-        raise ValueError(
-            f"Expected `scores` and `normalized` of one shape [R, num_labels], got "
-            f"{list(scores.shape)} and {list(normalized.shape)}"
-        )
-    num_categories = scores.shape[1] - (check_background(background) is not None)
-    foreground = foreground_of(background, num_categories)
-    chosen = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
-    is_category = chosen.clone()
-    is_category[foreground] = True
-    chosen[foreground] = _selection(select, num_categories).to(scores.device)
-    taken = is_category[scores.argmax(dim=1)] & chosen[normalized.argmax(dim=1)]
-    return torch.where(taken[:, None], normalized, scores)
 
 
 class TauSearch(NamedTuple):
@@ -258,25 +207,3 @@ def balanced_accuracy(scores: Tensor, labels: Tensor, groups: Any = None) -> flo
     if not means:
         raise ValueError("Expected rows of at least one label of `groups`, got none")
     return float(torch.stack(means).mean())
-
-
-def _selection(select: Any, num_categories: int) -> Tensor:
-    """Categories as bool [C]."""
-    if select is None:
-        return torch.ones(num_categories, dtype=torch.bool)
-    chosen = torch.zeros(num_categories, dtype=torch.bool)
-    if getattr(select, "dtype", None) in (torch.bool, bool):
-        mask = torch.as_tensor(select).cpu()
-        if mask.shape != chosen.shape:
-            raise ValueError(
-                f"Expected `select` as bool [{num_categories}], got shape {list(mask.shape)}"
-            )
-        return mask
-    indices = torch.from_numpy(as_int_array(select, "select"))
-    bad = (indices < 0) | (indices >= num_categories)
-    if bad.any():
-        raise ValueError(
-            f"Expected `select` in [0, {num_categories - 1}], got {int(indices[bad][0])}"
-        )
-    chosen[indices] = True
-    return chosen

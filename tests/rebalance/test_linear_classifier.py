@@ -262,6 +262,18 @@ def test_from_linear_leaves_the_random_state_and_the_layer_alone(name: str) -> N
     assert method.from_linear(no_bias, bias=False, **settings).fc.bias is None
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_is_one_graph(name: str) -> None:
+    eager, compiled = (make(name, dtype=torch.float32) for _ in range(2))
+    logits, labels = eager(features_of(9, torch.float32)).detach(), labels_in("first", ROWS)
+    step = torch.compile(compiled.losses, backend="eager", fullgraph=True)
+    torch.manual_seed(4)
+    expected = eager.losses(logits, labels)
+    torch.manual_seed(4)
+    assert_same(step(logits, labels), expected)
+    assert_same(state_of(compiled), state_of(eager))
+
+
 # --- checkpoints ---------------------------------------------------------------------------------
 
 

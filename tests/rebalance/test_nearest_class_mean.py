@@ -220,15 +220,25 @@ def test_meets_the_protocol_at_test_and_refuses_training() -> None:
             classifier.losses(logits, torch.tensor([0, 1]))
 
 
-def test_a_checkpoint_reloads() -> None:
-    classifier, other = make("first"), make("first")
-    with torch.no_grad():
-        for value in other.state_dict().values():
-            value.zero_()
-    other.load_state_dict(classifier.state_dict())
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_a_checkpoint_describes_itself(background: Any) -> None:
+    classifier = make(background, metric="euclidean", temperature=0.3)
+    state = {f"head.{key}": value for key, value in classifier.state_dict().items()}
+    other = NearestClassMean.from_state_dict(state, "head.")
+    assert other.describe() == classifier.describe()
     features = torch.randn(5, FEATURES, generator=seeded(4), dtype=torch.float64)
     assert torch.equal(other(features), classifier(features))
     assert torch.equal(copy.deepcopy(classifier)(features), classifier(features))
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+
+
+def test_a_checkpoint_of_another_metric_is_refused() -> None:
+    with pytest.raises(ValueError, match="metric 'euclidean' instead of 'cosine'"):
+        make("first").load_state_dict(make("first", metric="euclidean").state_dict())
+    state = make("first").state_dict()
+    del state["class_means"]
+    with pytest.raises(ValueError, match="Expected a matrix class_means in the checkpoint"):
+        NearestClassMean.from_state_dict(state)
 
 
 def test_nothing_is_shared_with_the_arguments() -> None:

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from balanced_group_softmax import category_counts
+from balanced_group_softmax.adapters.protocol import check_classifier
 from balanced_group_softmax.rebalance.tail_subset import tail_categories
 from balanced_group_softmax.rebalance.tau_norm import (
     TauSearch,
     balanced_accuracy,
     search_tau,
-    select_scores,
     tau_normalize,
 )
+from balanced_group_softmax.rebalance.tau_norm_select import TauSelectClassifier, select_scores
 
 
 def linear_of(rows: int = 6, columns: int = 5) -> nn.Linear:
@@ -136,6 +137,39 @@ def test_select_scores_row_by_row(background: Any) -> None:
         taken += use
         assert torch.equal(found[row], (other if use else plain)[row])
     assert 10 < taken < 50
+
+
+@pytest.mark.parametrize("background", ["first", "last"])
+def test_the_classifier_selects_as_the_function_does(background: Any) -> None:
+    linear = linear_of()
+    classifier = TauSelectClassifier(linear, 0.8, [0, 3], background=background)
+    check_classifier(classifier, background=background)
+    assert (classifier.in_features, classifier.num_categories) == (5, 5)
+    features = torch.randn(40, 5, dtype=torch.float64)
+    twin = tau_normalize(linear, 0.8, background=background)
+    plain, other = (layer(features).softmax(dim=1).detach() for layer in (linear, twin))
+    expected = select_scores(plain, other, [0, 3], background=background)
+    assert (expected != plain).any()
+    assert (expected == plain).all(dim=1).any()
+    torch.testing.assert_close(classifier.scores(classifier(features)), expected)
+    with pytest.raises(RuntimeError, match="Expected no training"):
+        classifier.losses(classifier(features), torch.zeros(40).long())
+    with pytest.raises(ValueError, match=r"Expected `logits` of shape \[R, 12\], got \[40, 6\]"):
+        classifier.scores(plain)
+
+
+def test_a_checkpoint_of_both_classifiers() -> None:
+    classifier = TauSelectClassifier(linear_of(), 0.8, [0, 3])
+    state = {f"head.{key}": value for key, value in classifier.state_dict().items()}
+    other = TauSelectClassifier.from_state_dict(state, "head.")
+    features = torch.randn(40, 5, dtype=torch.float64)
+    assert torch.equal(other.scores(other(features)), classifier.scores(classifier(features)))
+    assert other.describe() == classifier.describe()
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+    with pytest.raises(ValueError, match="background 'first' instead of 'last'"):
+        TauSelectClassifier(linear_of(), 0.8, [0], background="last").load_state_dict(
+            classifier.state_dict()
+        )
 
 
 # --- the search ----------------------------------------------------------------------------------
