@@ -87,6 +87,8 @@ class LinearClassifier(DescribedModule):
         self.num_categories = as_int(num_categories, "num_categories", lowest=1)
         self.background = check_background(background)
         self.ignore_index = as_int(ignore_index, "ignore_index")
+        if not -(2**63) <= self.ignore_index < 2**63:
+            raise ValueError(f"Expected `ignore_index` to fit 64 bits, got {ignore_index}")
         self._tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
         self.fc = nn.Linear(in_features, self.num_logits, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()

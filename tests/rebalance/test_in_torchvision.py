@@ -1,5 +1,7 @@
 """Each classifier in a small torchvision detector: a training step, a prediction, a checkpoint."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.rpn import AnchorGenerator  # noqa: E402
 from torchvision.ops import MultiScaleRoIAlign  # noqa: E402
 
+from balanced_group_softmax import GroupLayout  # noqa: E402
 from balanced_group_softmax.adapters.torchvision import convert_classifier, freeze  # noqa: E402
 from balanced_group_softmax.rebalance.nearest_class_mean import (  # noqa: E402
     ClassMeans,
@@ -125,6 +128,24 @@ def test_nearest_class_means_predict() -> None:
     assert set(found["labels"].tolist()) <= set(range(1, NUM_CATEGORIES + 1))
     assert (found["scores"][found["labels"] == NUM_CATEGORIES] == 0).all()
     assert (found["scores"][found["labels"] != NUM_CATEGORIES] > 0).all()
+
+
+def test_the_code_of_the_documentation_runs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    layout = GroupLayout.from_counts(COUNTS)
+    scope: dict[str, Any] = {
+        "model": detector(),
+        "counts": COUNTS,
+        "layout": layout,
+        "logits": torch.zeros(3, layout.num_logits),
+        "labels": torch.tensor([0, 1, 2]),
+    }
+    for block in blocks:
+        exec(block, scope)
+    assert scope["loss"].isfinite()
+    assert len(scope["parameters"]) == 2
 
 
 def test_cases_have_the_counts_of_the_detector() -> None:

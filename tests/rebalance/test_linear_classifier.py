@@ -414,6 +414,7 @@ def test_bad_rows_are_named(name: str, logits: Any, labels: Any, error: Any, mes
     [
         ("softmax", {"background": "middle"}, ValueError, "Expected `background` to be 'first'"),
         ("softmax", {"ignore_index": 1.5}, TypeError, "Expected `ignore_index` to be an integer"),
+        ("softmax", {"ignore_index": 2**63}, ValueError, "Expected `ignore_index` to fit 64 bits"),
         ("softmax", {"class_weights": [1.0]}, ValueError, "`class_weights` for 6 labels, got 1"),
         ("softmax", {"class_weights": [-1.0] * 6}, ValueError, "Expected `class_weights[0]`"),
         ("softmax", {"class_weights": [math.inf] * 6}, ValueError, "Expected `class_weights[0]`"),

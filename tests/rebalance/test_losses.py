@@ -393,7 +393,7 @@ def test_the_draw_follows_the_counts() -> None:
     classifier = make("federated", counts=counts, num_sampled=2)
     labels = labels_in("first", [None])
     generator = seeded(1)
-    number = 20_000
+    number = 6_000
     hits = sum(classifier.draw(labels, generator).double() for _ in range(number))
     expected = [rate / sum(rates) for rate in rates]
     for first, rate in enumerate(rates):
