@@ -21,6 +21,7 @@ import re
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import PureWindowsPath
 from typing import Any
 
@@ -197,12 +198,23 @@ class LVISDetection(torch.utils.data.Dataset[tuple[Tensor, Target]]):
         """Return the labels of an image without reading it, e.g. for a sampler."""
         return self._labels[self._span(index)]
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Return a hash of what is trained on: images, boxes and labels."""
-        names = [os.path.basename(path) for path in self.paths]
-        digest = hashlib.sha256(json.dumps([self.image_ids, names]).encode())
-        for values in (self._starts, self._boxes.numpy(), self._labels.numpy()):
+        """A hash of what is trained on: images (name, size, bytes of the file), boxes, masks.
+
+        Folders may move; an image of other pixels has, but for a rare chance, a file of another
+        length.
+        """
+        root = os.path.commonpath([os.path.dirname(path) for path in self.paths] or [""])
+        names = [os.path.relpath(path, root) for path in self.paths]
+        lengths = [os.path.getsize(path) if os.path.exists(path) else -1 for path in self.paths]
+        digest = hashlib.sha256(json.dumps([self.image_ids, names, lengths]).encode())
+        for values in (self.sizes, self._starts, self._boxes.numpy(), self._labels.numpy()):
             digest.update(np.ascontiguousarray(values).tobytes())
+        for segment in self._segments or ():
+            parts = segment if isinstance(segment, list) else [segment]
+            for part in parts:
+                digest.update(f"{part.shape}".encode() + np.ascontiguousarray(part).tobytes())
         return digest.hexdigest()
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:

@@ -63,6 +63,12 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def is_loss_of_a_process(error: RuntimeError) -> bool:
+    """Return whether a collective failed since another process has ended."""
+    told = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return dist.is_initialized() and any(text in str(error) for text in told)
+
+
 def local_device(name: str | None) -> torch.device:
     """Return the device of this process: the one named, else its own GPU, else the CPU.
 

@@ -9,6 +9,7 @@ an epoch is a matter of seconds to minutes. Epoch `e` reads draw `e % draws`.
     folder/features     bfloat16 [draws, images, RoIs, F]
     folder/labels       int32 [draws, images, RoIs]; -100 where an image has fewer RoIs
     folder/done         uint8 [draws, images]; 1 when an image is stored
+    folder/broken-RANK  lines: what was wrong with images that others stand in for
 
 Several processes of one machine may fill it together, and a run that is killed goes on.
 """
@@ -133,6 +134,18 @@ class FeatureCache:
     def _map(self, name: str, dtype: Any, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
         return np.memmap(self.folder / name, dtype, "r+", shape=shape)
 
+    @property
+    def broken(self) -> list[str]:
+        """What was wrong with images that others stand in for, as all processes noticed."""
+        paths = sorted(self.folder.glob("broken-*"))
+        return [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def note_broken(self, reason: str) -> None:
+        """Remember what was wrong with an image; at once, for a kill may follow."""
+        path = self.folder / f"broken-{distributed.rank()}"
+        with path.open("a", encoding="utf-8") as file:
+            file.write(reason + "\n")
+
     def put(self, draw: int, image: int, features: Tensor, labels: Tensor) -> None:
         """Store an image's RoIs: float [n, F] and int64 [n], n at most `rois`."""
         number = len(labels)
@@ -195,7 +208,7 @@ def contents_of(
         flip=recipe.flip,
         recipe=", ".join(f"{name} {getattr(recipe, name)}" for name in options),
         detector=fingerprint(model.state_dict(), without=CLASSIFIER),
-        data=dataset.fingerprint(),
+        data=dataset.fingerprint,
     )
 
 
@@ -209,7 +222,7 @@ def fill(
     device: torch.device,
     num_workers: int = 0,
     skip_broken: bool = False,
-) -> list[str]:
+) -> None:
     """Run a softmax detector over the training images, as often as there are draws.
 
     Args:
@@ -221,13 +234,15 @@ def fill(
         num_workers: Processes that load images.
         skip_broken: Take the next image in place of one that cannot be read.
 
-    Returns:
-        What was wrong with images, as this process noticed.
-
     Raises:
         ImageError: An image cannot be read.
+        ValueError: An earlier run went past images that cannot be read, and this one does not.
     """
-    broken: list[str] = []
+    if cache.broken and not skip_broken:
+        raise ValueError(
+            f"{cache.folder}: Expected a cache of all images without `--skip-broken`, got one that "
+            f"others stand in for: {cache.broken[0]}; repair the images and fill another folder"
+        )
     detector, recorder = _recording(model)
     place(detector, recipe, device).train()
     counts: list[int] = []
@@ -261,7 +276,9 @@ def fill(
     )
     for batch, (images, targets) in bar:
         counts.clear()
-        broken += [reason for target in targets for reason in target.get(BROKEN, ())]
+        for target in targets:
+            for reason in target.get(BROKEN, ()):
+                cache.note_broken(reason)
         torch.manual_seed(_seed(cache.contents.seed, *batch[0]))
         with torch.autocast(device.type, AUTOCAST.get(recipe.amp), enabled=recipe.amp != "off"):
             detector(
@@ -276,7 +293,6 @@ def fill(
             cache.put(draw, image, features, labels)
     hook.remove()
     distributed.barrier()
-    return broken
 
 
 def _recording(model: nn.Module) -> tuple[nn.Module, Recorder]:

@@ -152,4 +152,5 @@ def evaluation_loader(
         batch_sampler=[list(batch) for batch in batches],
         collate_fn=collate,
         num_workers=num_workers,
+        worker_init_fn=ignore_sigterm,
     )

@@ -172,6 +172,21 @@ def write_demo_data(
         raise
 
 
+def seed_of(folder: Path) -> int | None:
+    """Return the seed that a data set was drawn with; None if it does not say.
+
+    Raises:
+        OSError: There is no data set.
+        ValueError: It is not one.
+    """
+    try:
+        info = json.loads((folder / "train.json").read_text(encoding="utf-8")).get("info", {})
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / 'train.json'}: Expected annotations, got {error}") from None
+    seed: int | None = info.get("seed")
+    return seed
+
+
 def _write_split(
     folder: Path,
     split: str,
@@ -215,7 +230,11 @@ def _write_split(
     for row in annotations:
         image_sets[row["category_id"] - 1].add(row["image_id"])
     return {
-        "info": {"description": "Shapes and colours with a long tail", "version": "v1"},
+        "info": {
+            "description": "Shapes and colours with a long tail",
+            "version": "v1",
+            "seed": seed,
+        },
         "licenses": [],
         "images": images,
         "annotations": annotations,

@@ -39,6 +39,8 @@ STAGES = ("softmax", "bags")
 """Stage one, the whole detector with plain softmax; stage two, from there."""
 STAGE_DEFAULTS: dict[str, dict[str, Any]] = {"softmax": {}, "bags": {"learning_rate": 0.01}}
 """Where they are not those of `Recipe`."""
+RUN = "run"
+"""A table of what is no option, such as the seed of a run; it is not read as a recipe."""
 REFERENCE_BATCH = 16
 """Images a step that learning rates are stated for, as in the original's schedules."""
 
@@ -128,7 +130,7 @@ class Recipe:
     ema: float = option(0.0, "decay of a running mean of the weights; 0: none", least=0, most=1)
     sampler: Literal["shuffle", "repeat_factor"] = option("shuffle", "which images make an epoch")
     repeat_threshold: float = option(
-        1e-3, "share of images below which a category repeats", above=0
+        1e-3, "share of images below which a category repeats", above=0, most=1
     )
     aspect_groups: bool = option(True, "batches of either wide or tall images")
 
@@ -246,6 +248,8 @@ def _range(limits: Mapping[str, Any]) -> str:
 def read_options(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
     """Return what a configuration file says: options for all stages under "", then by stage.
 
+    A table `run`, as in the files of `run_toml`, is passed over.
+
     Raises:
         OSError: The file cannot be read.
         ValueError: It is not TOML, or has an unknown option or table.
@@ -256,6 +260,8 @@ def read_options(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path}: Expected TOML, got an error: {error}") from None
     options: dict[str, dict[str, Any]] = {"": {}, **{stage: {} for stage in STAGES}}
     for key, value in content.items():
+        if key == RUN and isinstance(value, dict):
+            continue
         table, values = (key, value) if isinstance(value, dict) else ("", {key: value})
         if table not in options:
             raise ValueError(f"{path}: Expected tables {', '.join(STAGES)}, got [{table}]")
@@ -282,20 +288,44 @@ def recipes_of(*sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Recipe]:
     return made
 
 
-def run_toml(recipes: Mapping[str, Recipe], run: Mapping[str, Any]) -> str:
-    """Return all options of a run: a configuration file, with a comment on the other arguments."""
+def run_toml(
+    recipes: Mapping[str, Recipe], run: Mapping[str, Any], identity: Mapping[str, Any]
+) -> str:
+    """Return all that a run does: a configuration file, and what is no option in a table `run`.
+
+    Args:
+        recipes: By stage.
+        run: The other arguments.
+        identity: What makes it this run and no other; `read_identity` returns it.
+    """
     values = {stage: recipe._values() for stage, recipe in recipes.items()}
     same = {
         name: value
         for name, value in values[STAGES[0]].items()
         if all(values[stage][name] == value for stage in STAGES)
     }
+    if not {"steps", "epochs"} <= same.keys():  # the one means nothing without the other
+        same = {name: value for name, value in same.items() if name not in ("steps", "epochs")}
     own: dict[str, Any] = {
         stage: {name: value for name, value in values[stage].items() if name not in same}
         for stage in STAGES
     }
-    comment = "".join(f"# {key} = {value}\n" for key, value in run.items())
-    return f"{comment}{tomli_w.dumps(same)}\n{tomli_w.dumps(own)}"
+    return tomli_w.dumps({**same, **own, RUN: {**run, "identity": dict(identity)}})
+
+
+def read_identity(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the identity in a file of `run_toml`.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is another file.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        identity: dict[str, Any] = content[RUN]["identity"]
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: Expected the recipe of a run, got an error: {error!r}") from None
+    return identity
 
 
 # --- command line -----------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import distributed
 from checkpoints import Categories, Checkpoint, fingerprint
-from recipe import Recipe
+from recipe import Recipe, read_identity, read_options, recipes_of
 from run_folder import write_text
 
 BROKEN_IMAGES = "broken_images.txt"
@@ -26,6 +26,42 @@ def origin(*, seed: int, data: str, start: Checkpoint | None, cache_draws: int) 
     """
     weights = "nothing" if start is None else fingerprint(start.model)[:16]
     return {"seed": seed, "data": data[:16], "start": weights, "cache_draws": cache_draws}
+
+
+def check_folder(
+    recipe_file: Path, recipes: Mapping[str, Recipe], identity: Mapping[str, Any]
+) -> None:
+    """Check that a run folder was begun by this run.
+
+    Args:
+        recipe_file: What the folder keeps of it.
+        recipes: By stage.
+        identity: Stage, seed, data and start.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is of another run.
+    """
+    before, known = recipes_of(read_options(recipe_file)), read_identity(recipe_file)
+    changed = changes(known, identity)
+    for stage, recipe in recipes.items():
+        changed += changes(asdict(before[stage]), asdict(recipe), f" of {stage}")
+    refuse(recipe_file, changed)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], of: str = "") -> list[str]:
+    """Return what has changed, in words."""
+    return [
+        f"{key}{of} was {before.get(key)} and is {value}"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]
+
+
+def refuse(path: Path, changed: list[str]) -> None:
+    """Refuse to go on if anything has changed."""
+    if changed:
+        raise ValueError(f"{path}: Expected to resume the same run, but {', '.join(changed)}")
 
 
 def check_same_run(
@@ -47,15 +83,10 @@ def check_same_run(
     if checkpoint.training is not None:
         before["processes"] = checkpoint.training["processes"]
         now["processes"] = distributed.world_size()
-    changed = [
-        f"{key} was {before.get(key)} and is {now[key]}"
-        for key in now
-        if before.get(key) != now[key]
-    ]
+    changed = changes(before, now)
     if checkpoint.categories != categories:
         changed.append("categories were others")
-    if changed:
-        raise ValueError(f"{path}: Expected to resume the same run, but {', '.join(changed)}")
+    refuse(path, changed)
 
 
 def note_broken(folder: Path, known: dict[str, None], noticed: Iterable[str]) -> None:

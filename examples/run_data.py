@@ -80,6 +80,8 @@ def load_data(files: Files, *, masks: bool, skip_broken: bool, progress: bool) -
     """
     train = LVISDetection(files.annotations, files.images, masks=masks)
     val = LVISDetection(files.val_annotations, files.val_images)
+    if masks:  # evaluation needs those of all, and is far away
+        LVISDetection(files.val_annotations, files.val_images, masks=True, crowd=True)
     if len(train) == 0 or len(val) == 0:
         raise ValueError(
             f"Expected images to train and evaluate on, got {len(train)} in {files.annotations} "

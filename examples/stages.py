@@ -88,7 +88,7 @@ def run_stage(setting: Setting, name: str, start: Checkpoint | None) -> Checkpoi
     cached = name != SOFTMAX and setting.cache is not None
     comes_from = origin(
         seed=setting.seed,
-        data=data.train.fingerprint(),
+        data=data.train.fingerprint,
         start=start,
         cache_draws=setting.cache_draws if cached else 0,
     )
@@ -219,7 +219,7 @@ def filled_cache(setting: Setting, start: Checkpoint, recipe: Recipe) -> Feature
     model, data = start.make_model(recipe), setting.data.train
     contents = contents_of(model, data, recipe, draws=setting.cache_draws, seed=setting.seed)
     cache = FeatureCache(setting.cache, contents)
-    broken = fill(
+    fill(
         cache,
         model,
         data,
@@ -228,7 +228,7 @@ def filled_cache(setting: Setting, start: Checkpoint, recipe: Recipe) -> Feature
         num_workers=setting.num_workers,
         skip_broken=setting.skip_broken,
     )
-    note_broken(setting.folder, setting.broken, broken)
+    note_broken(setting.folder, setting.broken, cache.broken)
     return cache
 
 

@@ -12,6 +12,8 @@ from checkpoints import Checkpoint, read_state
 from detectors import load_what_fits, make_detector
 from recipe import ARCHITECTURE, Recipe
 from run_data import Data
+from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 
 def start_of_stage_two(
@@ -31,6 +33,11 @@ def start_of_stage_two(
     """
     if start.stage == "bags":
         raise ValueError(f"{path}: Expected a detector with plain softmax to start from, got bags")
+    if start.training is not None:
+        raise ValueError(
+            f"{path}: Expected the checkpoint of a training that is over, got one of step "
+            f"{start.training['step']}; end it with `--resume`"
+        )
     if start.categories.ids != data.categories.ids:
         raise ValueError(
             f"{path}: Expected a detector of the {len(data.categories.ids)} categories of the "
@@ -43,6 +50,15 @@ def start_of_stage_two(
                 f"{path}: Expected a detector with `{name}` {getattr(recipe, name)}, got {value}"
             )
     return start, dataclasses.replace(recipe, **own, weights="none")
+
+
+def fixed_entries(model: nn.Module) -> set[str]:
+    """Return the entries of a state dict that training does not move."""
+    fixed = {name for name, value in model.named_parameters() if not value.requires_grad}
+    for prefix, module in model.named_modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            fixed |= {f"{prefix}.{name}" for name, _ in module.named_buffers()}
+    return fixed
 
 
 def with_weights_of(path: Path, recipe: Recipe, data: Data, seed: int) -> Checkpoint:
@@ -69,6 +85,14 @@ def with_weights_of(path: Path, recipe: Recipe, data: Data, seed: int) -> Checkp
         fresh = load_what_fits(model, content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    fixed = fixed_entries(model)
+    random = [name for name in fresh if name in fixed]
+    if recipe.backbone != "small" and random:
+        raise ValueError(
+            f"{path}: Expected weights of what does not train, got none for {len(random)} entries "
+            f"such as {random[0]}, which would stay random; use a checkpoint that has them, or "
+            "`--norm batch` and `--trainable-layers 5`"
+        )
     if distributed.is_first():
         shown = ", ".join(fresh[:6]) + (", ..." if len(fresh) > 6 else "")
         print(f"Not in {path}, and so fresh: {shown or 'nothing'}")

@@ -75,6 +75,9 @@ def evaluate_checkpoint(args: argparse.Namespace) -> None:
     with distributed.process_group(device):
         checkpoint = Checkpoint.load(args.source)
         recipe, categories = checkpoint.recipe, checkpoint.categories
+        if checkpoint.training is not None:
+            step = checkpoint.training["step"]
+            print(f"{args.source}: in the middle of a training, at step {step}", file=sys.stderr)
         if "segm" in args.eval and recipe.detector != "mask_rcnn":
             raise ValueError(f"{args.source}: Expected a Mask R-CNN for segm, got a Faster R-CNN")
         if args.annotations is None:

@@ -1,4 +1,4 @@
-"""Balanced Group Softmax in a torchvision detector: train, compare, draw.
+r"""Balanced Group Softmax in a torchvision detector: train, compare, draw.
 
     python examples/torchvision_lvis_train.py
 
@@ -41,7 +41,7 @@ import torch
 import torchvision
 from checkpoints import Checkpoint
 from detection_data import ImageError
-from lvis_demo_data import write_demo_data
+from lvis_demo_data import seed_of, write_demo_data
 from lvis_evaluation import Metrics, check_installed
 from recipe import (
     ARCHITECTURE,
@@ -52,7 +52,7 @@ from recipe import (
     recipes_of,
     run_toml,
 )
-from resuming import noted_broken
+from resuming import check_folder, noted_broken, origin
 from run_data import Files, describe, load_data, named_files
 from run_folder import make_run_folder, write_json, write_text
 from run_results import (
@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = distributed.local_device(args.device)
     except (OSError, ValueError) as error:
         return fail(error, None)
+    begun = bool(args.resume) and Path(args.output).is_dir()
     with distributed.process_group(device):
         folder = None
         try:
@@ -109,8 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return TERMINATED
         except distributed.FailedElsewhere:
             return FAILED
+        except RuntimeError as error:
+            if not distributed.is_loss_of_a_process(error):
+                raise
+            return fail(RuntimeError("another process has ended"), folder, begun=begun)
         except (OSError, ValueError, ImportError, ImageError, FloatingPointError) as error:
-            return fail(error, folder)
+            return fail(error, folder, begun=begun)
     return 0
 
 
@@ -170,14 +175,27 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
         setting.after_epoch = lambda name, model, epoch: (
             report_epoch(setting, name, model, epoch) if epoch % args.evaluate_every == 0 else None
         )
+    identity = {
+        "stage": args.stage,
+        **origin(
+            seed=args.seed,
+            data=data.train.fingerprint,
+            start=start,
+            cache_draws=args.cache_draws if args.cache_features else 0,
+        ),
+        "val_data": data.val.fingerprint[:16],
+    }
+    recipe_file = folder / EFFECTIVE
+    if args.resume and recipe_file.exists():
+        distributed.first_does(lambda: check_folder(recipe_file, recipes, identity))
     if distributed.is_first():
         if args.annotations and not args.config and start is None:
             print(
                 "No --config: training the demo's small detector; those of the paper are in "
                 f"{DEMO.parent}"
             )
-        if not (args.resume and (folder / EFFECTIVE).exists()):
-            write_text(folder / EFFECTIVE, run_toml(recipes, run_options(args)))
+        if not recipe_file.exists():
+            write_text(recipe_file, run_toml(recipes, run_options(args), identity))
         groups = ", ".join(f"{name}: {len(ids)}" for name, ids in groups_of(setting).items())
         print(
             f"{describe(data)}\nGroups by training instances: {groups}\n"
@@ -240,6 +258,10 @@ def draw_demo_data(args: argparse.Namespace, folder: Path) -> Files:
     """Return the demo's data, which an earlier part of the run may have drawn."""
     if not (folder / "data").is_dir():
         write_demo_data(folder / "data", args.seed, progress=True)
+    elif (seed := seed_of(folder / "data")) != args.seed:
+        raise ValueError(
+            f"{folder / 'data'}: Expected data drawn with `--seed` {args.seed}, got those of {seed}"
+        )
     return Files(*(folder / "data" / part for part in ("train.json", "train", "val.json", "val")))
 
 
@@ -397,21 +419,23 @@ def whole(least: int, most: int = 2**31) -> Any:
     return parse
 
 
-def fail(error: BaseException, folder: Path | None) -> int:
-    """Tell the error in a line; remove the run folder, unless something is in it."""
+def fail(error: BaseException, folder: Path | None, *, begun: bool = False) -> int:
+    """Tell the error in a line; remove the run folder, unless something is in it, or was before."""
     text = " ".join(str(error).split())
     if folder is not None and distributed.is_first():
-        if [path.name for path in folder.iterdir()] == [EFFECTIVE]:
+        if not begun and [path.name for path in folder.iterdir()] == [EFFECTIVE]:
             (folder / EFFECTIVE).unlink()
         with contextlib.suppress(OSError):
-            folder.rmdir()
+            if not begun:
+                folder.rmdir()
         if folder.is_dir():
             kept = ", ".join(sorted(path.name for path in folder.iterdir()))
             text += (
                 f" ({folder} keeps {kept}; go on with `--resume`, or remove it or give another "
                 "`--output` to start again)"
             )
-    who = "" if distributed.is_first() else f"process {distributed.rank()}: "
+    # Processes share a terminal, where another's bar may be in the middle of a line.
+    who = f"\nprocess {distributed.rank()}: " if distributed.world_size() > 1 else ""
     print(f"{who}error: {text}", file=sys.stderr)
     return FAILED
 

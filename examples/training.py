@@ -141,6 +141,7 @@ def averaged(model: nn.Module, mean: AveragedModel | None) -> Iterator[None]:
         return
     own = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(mean.module.state_dict())
+    distributed.share_buffers(model)  # a mean has those of its process
     try:
         yield
     finally:

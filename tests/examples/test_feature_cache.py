@@ -1,6 +1,7 @@
 """Stage two from stored features: the same classifier as from the detector itself, and sooner."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ import torchvision_lvis_train as example
 from checkpoints import Checkpoint
 from detection_data import LVISDetection, make_transforms
 from detectors import CLASSIFIER, make_detector
-from feature_cache import FeatureCache, contents_of, fill
+from feature_cache import CachedBatches, FeatureCache, contents_of, fill
 from pipeline_cases import data_arguments
 from recipe import Recipe
+from training_samplers import EpochBatches
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CPU = torch.device("cpu")
@@ -169,6 +171,43 @@ def test_both_classifiers_train_from_it(few: Path, tmp_path: Path) -> None:
     weight = f"{CLASSIFIER}fc.weight"
     assert torch.equal(states[0]["bags"][weight], states[1]["bags"][weight])
     assert json.loads((tmp_path / "a" / "metrics.json").read_text())["bags"]["AP"] is not None
+
+
+def test_an_epoch_reads_its_draw(tmp_path: Path, model: Any, dataset: LVISDetection) -> None:
+    cache = filled(tmp_path / "cache", model, dataset, draws=2)
+    order = EpochBatches(len(dataset), 2, factors=None, sizes=None, seed=0)
+    read = iter(CachedBatches(cache, order)((0, 0)))
+    for epoch in range(3):
+        order.set_epoch(epoch)
+        for items in list(order):
+            _, (features, targets) = next(read)
+            for (image, _), ours, target in zip(items, features, targets, strict=True):
+                wanted, labels = cache.get(epoch % 2, image)
+                assert torch.equal(ours, wanted)
+                assert torch.equal(target["labels"], labels)
+
+
+def test_images_that_others_stand_in_for_are_remembered(
+    few: Path, tmp_path: Path, capsys: Any
+) -> None:
+    shutil.copytree(few, tmp_path / "data")
+    bad = sorted((tmp_path / "data" / "train").iterdir())[1]
+    arguments = [*data_arguments(tmp_path / "data"), "--steps", "4", "--batch-size", "2"]
+    arguments += ["--skip-broken"]
+    bad.write_bytes(bad.read_bytes()[: bad.stat().st_size // 2])
+    one = [*arguments, "--stage", "softmax", "--output", str(tmp_path / "one")]
+    assert example.main(one) == 0
+    arguments += ["--stage", "bags", "--checkpoint", str(tmp_path / "one" / "softmax.pt")]
+    arguments += ["--cache-features", str(tmp_path / "cache")]
+    for name in ("filled", "again"):
+        assert example.main([*arguments, "--output", str(tmp_path / name)]) == 0
+        text = (tmp_path / name / "broken_images.txt").read_text()
+        assert text.startswith(f"{bad}: ")
+    arguments.remove("--skip-broken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LVISDetection, "check_images", lambda self, progress: None)
+        assert example.main([*arguments, "--output", str(tmp_path / "strict")]) == 2
+    assert "Expected a cache of all images without `--skip-broken`" in capsys.readouterr().err
 
 
 def test_only_the_classifier_can_train_from_it(few: Path, tmp_path: Path, capsys: Any) -> None:

@@ -30,12 +30,24 @@ RECIPE = [
 ]
 
 
-def kill_at_random(arguments: list[str], folder: Path, seconds: float, processes: int = 1) -> None:
+def kill_at_random(
+    arguments: list[str],
+    folder: Path,
+    whole: Path,
+    names: tuple[str, ...],
+    seconds: float,
+    processes: int = 1,
+) -> None:
     """Start a run again and again, and kill it, so often that some kills are in each part of it.
+
+    However it ends, by itself between two kills or after the last, it has to end as if nobody had
+    disturbed it.
 
     Args:
         arguments: Of the run; `--resume` and `--output` are added.
         folder: Of the run, in a folder of its own that is emptied when the run has ended by itself.
+        whole: The folder of an undisturbed run.
+        names: Of the trainings.
         seconds: How long the whole run takes.
         processes: How many train.
     """
@@ -51,8 +63,10 @@ def kill_at_random(arguments: list[str], folder: Path, seconds: float, processes
             kills += 1
         else:
             assert process.returncode == 0, process.communicate()[0][-3000:]
+            assert_same_run(folder, whole, names)
             shutil.rmtree(folder.parent)
     run(again, processes)
+    assert_same_run(folder, whole, names)
 
 
 def assert_same_run(folder: Path, whole: Path, names: tuple[str, ...]) -> None:
@@ -75,8 +89,8 @@ def whole(few: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, fl
 def test_all_stages(few: Path, whole: tuple[Path, float], tmp_path: Path) -> None:
     folder = tmp_path / "killed" / "run"
     undisturbed, seconds = whole
-    kill_at_random([*RECIPE, *data_arguments(few)], folder, seconds)
-    assert_same_run(folder, undisturbed, ("softmax", "softmax_continued", "bags"))
+    names = ("softmax", "softmax_continued", "bags")
+    kill_at_random([*RECIPE, *data_arguments(few)], folder, undisturbed, names, seconds)
 
 
 def test_stage_two_from_stored_features(
@@ -89,8 +103,8 @@ def test_stage_two_from_stored_features(
     run([*arguments, str(tmp_path / "cache"), "--output", str(tmp_path / "run")])
     seconds = time.monotonic() - begin
     folder = tmp_path / "killed" / "run"
-    kill_at_random([*arguments, str(folder.parent / "cache")], folder, seconds)
-    assert_same_run(folder, tmp_path / "run", ("bags",))
+    arguments += [str(folder.parent / "cache")]
+    kill_at_random(arguments, folder, tmp_path / "run", ("bags",), seconds)
 
 
 def test_two_processes(few: Path, tmp_path: Path) -> None:
@@ -99,5 +113,4 @@ def test_two_processes(few: Path, tmp_path: Path) -> None:
     run([*arguments, "--output", str(tmp_path / "run")], processes=2)
     seconds = time.monotonic() - begin
     folder = tmp_path / "killed" / "run"
-    kill_at_random(arguments, folder, seconds, processes=2)
-    assert_same_run(folder, tmp_path / "run", ("softmax",))
+    kill_at_random(arguments, folder, tmp_path / "run", ("softmax",), seconds, processes=2)

@@ -19,6 +19,7 @@ from recipe import (
     add_options,
     given_options,
     learning_rate_factor,
+    read_identity,
     read_options,
     recipes_of,
     run_toml,
@@ -37,8 +38,10 @@ def parsed(*argv: str) -> dict[str, dict[str, object]]:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_effective_configuration_reads_back(path: Path, tmp_path: Path) -> None:
     recipes = recipes_of(read_options(path))
-    (tmp_path / "again.toml").write_text(run_toml(recipes, {"seed": 3}))
-    assert recipes_of(read_options(tmp_path / "again.toml")) == recipes
+    for made in (recipes, recipes_of(read_options(path), {"": {"steps": 1}})):
+        (tmp_path / "again.toml").write_text(run_toml(made, {"resume": "auto"}, {"seed": 3}))
+        assert recipes_of(read_options(tmp_path / "again.toml")) == made
+        assert read_identity(tmp_path / "again.toml") == {"seed": 3}
     for one in recipes.values():
         assert Recipe.from_toml(one.to_toml()) == one
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("torchvision")
 pytest.importorskip("lvis")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import checkpoints
+import lvis_demo_data
 import torchvision_lvis_train as example
 from checkpoints import Checkpoint
 from pipeline_cases import data_arguments
@@ -57,7 +59,7 @@ def test_a_finished_run_is_evaluated_again(few: Path, softmax: Path, finished: P
     ("changes", "message"),
     [
         (["--seed", "3"], "seed was 0 and is 3"),
-        (["--bags.learning-rate", "0.5"], "learning_rate was "),
+        (["--bags.learning-rate", "0.5"], "learning_rate of bags was "),
         (["--cache-features", "{tmp}/cache"], "cache_draws was 0 and is 2"),
     ],
 )
@@ -101,6 +103,88 @@ def test_moved_boxes_are_another_run(
     (data / "train.json").write_text(json.dumps(content))
     assert example.main([*bags(data, softmax, finished), "--resume"]) == 2
     assert "data was " in capsys.readouterr().err
+
+
+def test_other_pixels_are_another_run(
+    few: Path, softmax: Path, finished: Path, tmp_path: Path, capsys: Any
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(few, data)
+    path = sorted((data / "train").iterdir())[0]
+    with Image.open(path) as image:
+        black = Image.new("RGB", image.size)
+    black.save(path)
+    assert example.main([*bags(data, softmax, finished), "--resume"]) == 2
+    assert "data was " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["compare", "softmax", "continued"])
+def test_another_stage_does_not_take_the_folder(
+    few: Path, softmax: Path, finished: Path, capsys: Any, stage: str
+) -> None:
+    before = (finished / "metrics.json").read_bytes()
+    arguments = [*data_arguments(few), *SHORT, "--stage", stage, "--output", str(finished)]
+    if stage == "continued":
+        arguments += ["--checkpoint", str(softmax)]
+    assert example.main([*arguments, "--resume"]) == 2
+    assert f"stage was bags and is {stage}" in capsys.readouterr().err
+    assert (finished / "metrics.json").read_bytes() == before
+
+
+def test_other_validation_data_are_another_run(
+    few: Path, softmax: Path, finished: Path, capsys: Any
+) -> None:
+    arguments = bags(few, softmax, finished)
+    for option, value in (("annotations", "train.json"), ("images", "train")):
+        arguments[arguments.index(f"--val-{option}") + 1] = str(few / value)
+    assert example.main([*arguments, "--resume"]) == 2
+    assert "val_data was " in capsys.readouterr().err
+
+
+def test_a_run_without_a_checkpoint_is_compared_too(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """What was begun is written down before it trains."""
+
+    def stop(*args: Any) -> None:
+        raise OSError("stopped")
+
+    folder = tmp_path / "run"
+    arguments = [*data_arguments(few), *SHORT, "--stage", "softmax", "--output", str(folder)]
+    with monkeypatch.context() as patch:
+        patch.setattr(example, "run_stage", stop)
+        patch.setattr(example, "fail", lambda error, folder, begun: 2)
+        assert example.main(arguments) == 2
+    assert [path.name for path in folder.iterdir()] == ["recipe.toml"]
+    for changes, message in (
+        (["--seed", "3"], "seed was 0 and is 3"),
+        (["--bags.learning-rate", "0.5"], "learning_rate of bags was "),
+    ):
+        assert example.main([*arguments, *changes, "--resume"]) == 2
+        assert message in capsys.readouterr().err
+        assert (folder / "recipe.toml").exists()
+    assert example.main([*arguments, "--resume"]) == 0
+
+
+def test_drawn_data_of_another_seed_are_not_taken(tmp_path: Path, capsys: Any) -> None:
+    """As a run leaves them that is killed before it trains."""
+    few = [lvis_demo_data.Category("star", "red", 2)]
+    folder = tmp_path / "run" / "data"
+    lvis_demo_data.write_demo_data(folder, 4, categories=few, val_instances=1)
+    assert lvis_demo_data.seed_of(folder) == 4
+    assert example.main([*SHORT, "--resume", "--output", str(tmp_path / "run")]) == 2
+    assert "Expected data drawn with `--seed` 0, got those of 4" in capsys.readouterr().err
+
+
+def test_training_that_is_not_over_is_no_start(
+    few: Path, softmax: Path, tmp_path: Path, capsys: Any
+) -> None:
+    checkpoint = Checkpoint.load(softmax)
+    checkpoint.training = {"step": 1}
+    checkpoint.save(tmp_path / "softmax.training.pt")
+    arguments = bags(few, tmp_path / "softmax.training.pt", tmp_path / "run")
+    assert example.main(arguments) == 2
+    assert "Expected the checkpoint of a training that is over" in capsys.readouterr().err
 
 
 def test_data_may_move(few: Path, softmax: Path, finished: Path, tmp_path: Path) -> None:

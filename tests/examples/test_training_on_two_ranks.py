@@ -1,6 +1,7 @@
 """Two processes with gloo: losses and gradients, training, evaluation."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import lvis_demo_data
 import torchvision_lvis_eval as evaluation
 import two_ranks
+import two_ranks_training
 from checkpoints import Checkpoint
-from pipeline_cases import assert_same_state, data_arguments, environment, run
+from pipeline_cases import assert_same_state, data_arguments, environment, run, start
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -74,6 +76,50 @@ def test_ranks_normalise_and_draw_for_themselves(of_ranks: list[dict[str, Any]])
         loss = head.loss(logits, labels[own])
         torch.testing.assert_close(found["1.0"]["loss"], loss.detach())
     assert torch.equal(of_ranks[0]["1.0"]["gradient"], of_ranks[1]["1.0"]["gradient"])
+
+
+def test_each_process_has_images_and_draws_of_its_own(data: Path, tmp_path: Path) -> None:
+    """And what is evaluated in between is the same detector in both, running statistics included."""
+    options = [*data_arguments(data), *SMALL, "--stage", "softmax", "--batch-size", "2"]
+    options += ["--epochs", "3", "--ema", "0.9", "--evaluate-every", "1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", "2", two_ranks_training.__file__, str(tmp_path)]
+    command = [*launcher, *options, "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    one, two = (rank["batches"] for rank in ranks)
+    assert len(one) == len(two) > 3
+    number = len(one) // 3
+    for epoch in range(3):
+        seen = [
+            [
+                image
+                for images, _ in batches[epoch * number : (epoch + 1) * number]
+                for image in images
+            ]
+            for batches in (one, two)
+        ]
+        assert len({*seen[0], *seen[1]}) == len(seen[0]) + len(seen[1]) == 4 * number
+    seeds = [seed for batches in (one, two) for _, seed in batches]
+    assert len(set(seeds)) == len(seeds)
+    assert len(ranks[0]["buffers"]) == 2
+    assert ranks[0]["buffers"] == ranks[1]["buffers"]
+
+
+def test_when_one_process_fails_both_end_with_a_line(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    for path in sorted((tmp_path / "data" / "train").iterdir())[::2]:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    options = [*data_arguments(tmp_path / "data"), *SMALL, "--stage", "softmax", "--steps", "50"]
+    options += ["--batch-size", "1", "--output", str(tmp_path / "run")]
+    process = start(options, processes=2)
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode != 0
+    told = [line for line in printed.splitlines() if line.startswith("process ")]
+    assert any("truncated" in line for line in told), printed[-3000:]
+    assert "another process has ended" in printed or len(told) == 2, printed[-3000:]
+    assert "pair.cc" not in printed
 
 
 def test_evaluation_on_two_ranks_is_that_of_one(data: Path, tmp_path: Path) -> None:

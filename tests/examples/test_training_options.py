@@ -281,6 +281,35 @@ def test_detectors_for_coco_were_trained_without_an_epsilon() -> None:
         assert (before[name] - wanted[name]).norm() > 1e-2 * scale
 
 
+def test_what_a_checkpoint_lacks_does_not_stay_random_and_frozen(
+    few: Path, tmp_path: Path, capsys: Any
+) -> None:
+    options = ["--backbone", "resnet18", "--stage", "softmax", "--steps", "1"]
+    recipe = Recipe(backbone="resnet18", short_sides=(64,), long_side=128)
+    state = make_detector(recipe, 3).state_dict()
+    head = {name: value for name, value in state.items() if name.startswith("roi_heads.")}
+    arguments = [*data_arguments(few), *SHORT, *options]
+    for name, content, status in (("head", head, 2), ("whole", state, 0)):
+        torch.save(content, tmp_path / f"{name}.pt")
+        start = ["--checkpoint", str(tmp_path / f"{name}.pt")]
+        assert example.main([*arguments, *start, "--output", str(tmp_path / name)]) == status
+    assert "Expected weights of what does not train, got none for " in capsys.readouterr().err
+
+
+def test_validation_masks_are_looked_at_before_training(
+    few: Path, tmp_path: Path, capsys: Any
+) -> None:
+    shutil.copytree(few, tmp_path / "data")
+    path = tmp_path / "data" / "val.json"
+    content = json.loads(path.read_text())
+    del content["annotations"][0]["segmentation"]
+    path.write_text(json.dumps(content))
+    arguments = [*data_arguments(tmp_path / "data"), *SHORT, "--output", str(tmp_path / "run")]
+    assert example.main([*arguments, "--detector", "mask_rcnn"]) == 2
+    assert "segmentation" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_weights_that_cannot_be_downloaded_are_told(
     few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
