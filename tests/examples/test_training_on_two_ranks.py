@@ -79,7 +79,7 @@ def test_ranks_normalise_and_draw_for_themselves(of_ranks: list[dict[str, Any]])
 
 
 def test_each_process_has_images_and_draws_of_its_own(data: Path, tmp_path: Path) -> None:
-    """And what is evaluated in between is the same detector in both, running statistics included."""
+    """What is evaluated in between is the same detector in both, with its running statistics."""
     options = [*data_arguments(data), *SMALL, "--stage", "softmax", "--batch-size", "2"]
     options += ["--epochs", "3", "--ema", "0.9", "--evaluate-every", "1"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
