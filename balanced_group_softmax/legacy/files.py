@@ -42,7 +42,13 @@ from balanced_group_softmax.rebalance.class_weights import (
     inverse_frequency_weights,
 )
 
-__all__ = ["FILES", "CategoryImages", "OriginalFiles", "read_original_files", "write_original_files"]
+__all__ = [
+    "FILES",
+    "CategoryImages",
+    "OriginalFiles",
+    "read_original_files",
+    "write_original_files",
+]
 
 FILES = (
     "label2binlabel.pt",
@@ -214,8 +220,7 @@ def _label_weights(path: Path, layout: GroupLayout) -> Tensor:
         raise ValueError(f"{path}: expected a floating-point tensor of shape {expected}, got {got}")
     if list(weights.shape) != expected:
         raise ValueError(
-            f"{path}: expected a weight for each label, shape {expected}, got "
-            f"{list(weights.shape)}"
+            f"{path}: expected a weight for each label, shape {expected}, got {list(weights.shape)}"
         )
     _check_weights(weights, path)
     return weights
