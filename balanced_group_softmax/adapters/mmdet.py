@@ -109,6 +109,8 @@ class MMDetBAGSLoss(nn.Module):
     custom_activation = True
     custom_accuracy = True
 
+    category_weights: Tensor | None
+
     def __init__(
         self,
         layout: str | Mapping[str, Any] | GroupLayout | None = None,
@@ -170,14 +172,15 @@ class MMDetBAGSLoss(nn.Module):
         """Accuracy in percent, of the scores and of each group, for the log."""
         layout, tables = self.layout, self.layout.tables(cls_score.device)
         predicted = self.get_activation(cls_score).argmax(1)
-        accuracy = {"acc": _percent(predicted == labels, torch.ones_like(labels, dtype=torch.bool))}
         groups, positions = tables.label_groups[labels], tables.label_positions[labels]
-        is_foreground = labels != layout.background_label
+        every_row = torch.ones_like(labels, dtype=torch.bool)
+        is_foreground = labels < layout.num_categories  # background is last
+        accuracy = {"acc": _percent(predicted == labels, every_row)}
         columns = zip(layout.group_names, layout.group_starts, layout.group_sizes, strict=True)
         for index, (name, start, size) in enumerate(columns):
             column = cls_score[:, start : start + size].argmax(1)
             if index == 0:
-                rows, wanted = torch.ones_like(is_foreground), is_foreground.long()
+                rows, wanted = every_row, is_foreground.long()
             else:
                 rows, wanted = groups == index, positions
             accuracy[f"acc_{name}"] = _percent(column == wanted, rows)

@@ -1,7 +1,8 @@
 """The geometry of the original (mmdetection 1) in mmdet 3, for its converted checkpoints.
 
-The original counts pixels: a box from 10 to 12 is 3 wide. In boxes (x1, y1, x2 + 1, y2 + 1) all its
-arithmetic is that of today (widths, deltas, overlaps, levels), but for three things, which are here:
+The original counts pixels: a box from 10 to 12 is 3 wide. In boxes (x1, y1, x2 + 1, y2 + 1) all
+its arithmetic is that of today (widths, deltas, overlaps, levels), but for three things, which are
+here:
 
 - anchors: their centres are half a pixel off, and their corners are rounded;
 - RoIAlign: corners are not moved by half a pixel, and a RoI may be narrower than a cell;

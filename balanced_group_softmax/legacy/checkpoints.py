@@ -213,9 +213,7 @@ def _read(
             )
         tensors[key.removeprefix("module.")] = value
     if any(name.startswith("roi_head.") for name in tensors):
-        raise ValueError(
-            "Expected names of mmdetection 1, got `roi_head.`: it is converted already"
-        )
+        raise ValueError("Expected names of mmdetection 1, got `roi_head.` of mmdet 3")
     classifiers = _layers(tensors, _CLASSIFIER)
     if not classifiers:
         raise ValueError(

@@ -127,12 +127,12 @@ def read_original_files(folder: str | os.PathLike[str]) -> OriginalFiles:
     columns = _if_there(folder / FILES[1], load_torch)
     splits = _if_there(folder / FILES[2], _load_pickle)
     layout = layout_of_bin_labels(load_torch(first), columns, splits, where=str(folder))
-    weights = [
-        _if_there(folder / name, lambda path: _label_weights(path, layout)) for name in FILES[3:5]
-    ]
     return OriginalFiles(
         layout,
-        *weights,
+        inverse_weights=_if_there(folder / FILES[3], lambda path: _label_weights(path, layout)),
+        class_balanced_weights=_if_there(
+            folder / FILES[4], lambda path: _label_weights(path, layout)
+        ),
         group_weights=_if_there(folder / FILES[5], lambda path: _group_weights(path, layout)),
         category_images=_if_there(folder / FILES[6], lambda path: _category_images(path, layout)),
     )

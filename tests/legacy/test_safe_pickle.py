@@ -6,7 +6,6 @@ import io
 import os
 import pickle
 import pickletools
-import sys
 from pathlib import Path
 from typing import Any
 
