@@ -38,11 +38,26 @@ class OriginalAnchorGenerator(AnchorGenerator):
         super().__init__(
             tuple((round(scale * stride),) for stride in strides), (tuple(ratios),) * len(strides)
         )
+        self.strides = tuple(strides)
         roots = torch.tensor(ratios).sqrt()
         self.cell_anchors = [
             _cell_anchors(stride, scale * stride / roots, scale * stride * roots)
             for stride in strides
         ]
+
+    def grid_anchors(
+        self, grid_sizes: list[list[int]], strides: list[list[Tensor]]
+    ) -> list[Tensor]:
+        """Anchors of each level, [cells * 3, 4].
+
+        The strides are the levels' own. torchvision divides the image by the level, which gives
+        other ones where a level is rounded up: the fifth of an image 160 pixels wide has 3 cells.
+        """
+        own = [
+            [first.new_full((), stride)] * 2
+            for (first, _), stride in zip(strides, self.strides, strict=True)
+        ]
+        return super().grid_anchors(grid_sizes, own)
 
 
 def _cell_anchors(stride: int, widths: Tensor, heights: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ def convert_to_mmdet(
     Box, mask and semantic heads gain the prefix `roi_head.`. The row of background goes from the
     first place to the last in a softmax classifier, and out of class-specific box and mask layers,
     which have none in mmdet 3. The classifier of BAGS stays as it is, and its layout is added as
-    `roi_head.bbox_head.loss_cls._extra_state`.
+    `roi_head.bbox_head.loss_cls._extra_state`. `mask_head.0.conv_res` of a Hybrid Task Cascade, which
+    nothing uses, is left out.
 
     Args:
         state_dict: of the original. Not changed; tensors that stay as they are are shared.
@@ -75,6 +76,8 @@ def convert_to_mmdet(
     converted: dict[str, Tensor] = {}
     for name, tensor in original.tensors.items():
         part = name.partition(".")[0]
+        if name.startswith("mask_head.0.conv_res."):
+            continue
         if part in ("bbox_head", "mask_head", "semantic_head", "shared_head"):
             new_name = f"roi_head.{name}"
         elif part in ("backbone", "neck", "rpn_head"):
