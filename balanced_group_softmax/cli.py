@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from balanced_group_softmax import GroupLayout, __version__
+from balanced_group_softmax._version import __version__
+from balanced_group_softmax.layout import GroupLayout
 from balanced_group_softmax.legacy.checkpoints import convert_checkpoint
 from balanced_group_softmax.legacy.files import FILES, read_original_files, write_original_files
 

@@ -125,7 +125,7 @@ def read_original_files(folder: str | os.PathLike[str]) -> OriginalFiles:
     if not first.is_file():
         raise FileNotFoundError(f"{folder}: expected a folder with {FILES[0]}, found none")
     columns = _if_there(folder / FILES[1], load_torch)
-    splits = _if_there(folder / FILES[2], _load_pickle)
+    splits = _if_there(folder / FILES[2], _load_splits)
     layout = layout_of_bin_labels(load_torch(first), columns, splits, where=str(folder))
     return OriginalFiles(
         layout,
@@ -210,6 +210,13 @@ def _load_pickle(path: Path) -> Any:
             return safe_pickle.load_plain(file)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def _load_splits(path: Path) -> dict[Any, Any]:
+    splits = _load_pickle(path)
+    if not isinstance(splits, dict):
+        raise ValueError(f"{path}: expected a dict of labels, got {type(splits).__name__}")
+    return splits
 
 
 def _label_weights(path: Path, layout: GroupLayout) -> Tensor:

@@ -52,7 +52,11 @@ def original_layout(counts: Any, thresholds: tuple[int, ...] = (10, 100, 1000)) 
 
 
 def layout_of_bin_labels(
-    bin_labels: Any, columns: Any = None, splits: Any = None, *, where: str = "label2binlabel"
+    bin_labels: Any,
+    columns: Any = None,
+    splits: Mapping[Any, Any] | None = None,
+    *,
+    where: str = "label2binlabel",
 ) -> GroupLayout:
     """Return the layout that the original's tables stand for.
 
@@ -160,9 +164,9 @@ def _int_table(value: Any, name: str) -> np.ndarray:
     return value.astype(np.int64)
 
 
-def _names_of_splits(splits: Any, groups: list[tuple[int, ...]], where: str) -> list[str]:
-    if not isinstance(splits, Mapping):
-        raise ValueError(f"{where}: expected valsplit to be a dict, got {type(splits).__name__}")
+def _names_of_splits(
+    splits: Mapping[Any, Any], groups: list[tuple[int, ...]], where: str
+) -> list[str]:
     ranges: dict[str, tuple[int, ...]] = {}
     for key, labels in splits.items():
         match = _RANGE.fullmatch(key) if isinstance(key, str) else None
