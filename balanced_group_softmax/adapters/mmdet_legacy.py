@@ -8,18 +8,20 @@ here:
 - RoIAlign: corners are not moved by half a pixel, and a RoI may be narrower than a cell;
 - clipping: x1 stays within [0, width - 1] and x2 within [1, width].
 
+And Hybrid Task Cascade takes the mean of the masks of its stages, of which mmdet 3.3 takes the
+last.
+
     custom_imports = dict(imports=["balanced_group_softmax.adapters.mmdet_legacy"])
-    model = dict(
-        rpn_head=dict(anchor_generator=dict(type="OriginalAnchorGenerator"),
-                      bbox_coder=dict(type="OriginalBBoxCoder")),
-        roi_head=dict(bbox_roi_extractor=dict(type="OriginalRoIExtractor"),
-                      bbox_head=dict(bbox_coder=dict(type="OriginalBBoxCoder"))))
+
+registers them; `use_original_geometry` puts them in a model's config.
 """
 
+import copy
 from typing import Any
 
 import torch
 from mmcv.ops import RoIAlign
+from mmdet.models.roi_heads import HybridTaskCascadeRoIHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.models.task_modules import DeltaXYWHBBoxCoder, LegacyAnchorGenerator
 from mmdet.registry import MODELS, TASK_UTILS
@@ -28,8 +30,10 @@ from torch import Tensor, nn
 __all__ = [
     "OriginalAnchorGenerator",
     "OriginalBBoxCoder",
+    "OriginalHybridTaskCascadeRoIHead",
     "OriginalRoIAlign",
     "OriginalRoIExtractor",
+    "use_original_geometry",
 ]
 
 
@@ -90,3 +94,69 @@ class OriginalRoIExtractor(SingleRoIExtractor):
     def __init__(self, roi_layer: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         layer = {key: roi_layer[key] for key in ("output_size", "sampling_ratio")}
         super().__init__({"type": OriginalRoIAlign, **layer}, *args, **kwargs)
+
+
+@MODELS.register_module()
+class OriginalHybridTaskCascadeRoIHead(HybridTaskCascadeRoIHead):
+    """mmdet's head of Hybrid Task Cascade, with the masks of all stages at test."""
+
+    def _mask_forward(
+        self,
+        stage: int,
+        x: Any,
+        rois: Tensor,
+        semantic_feat: Tensor | None = None,
+        training: bool = True,
+    ) -> dict[str, Any]:
+        whole = super()._mask_forward
+        if training:
+            results: dict[str, Any] = whole(stage, x, rois, semantic_feat, True)
+            return results
+        stages = range(self.num_stages)
+        return {"mask_preds": [whole(i, x, rois, semantic_feat)["mask_preds"] for i in stages]}
+
+
+_REPLACED = {
+    "AnchorGenerator": OriginalAnchorGenerator.__name__,
+    "DeltaXYWHBBoxCoder": OriginalBBoxCoder.__name__,
+    "SingleRoIExtractor": OriginalRoIExtractor.__name__,
+    "HybridTaskCascadeRoIHead": OriginalHybridTaskCascadeRoIHead.__name__,
+}
+
+
+def use_original_geometry(model: Any) -> Any:
+    """Return the config of a two-stage detector with the original's geometry; not changed itself.
+
+    Anchors, coders and RoI extractors are replaced, each bin has 2 x 2 samples, and no box is
+    dropped for its size.
+
+    Args:
+        model: a model's config, such as `Config.fromfile(path).model`.
+
+    Raises:
+        ValueError: there is nothing to replace: it is no two-stage detector on feature pyramids.
+    """
+    model = copy.deepcopy(model)
+    if not _replace(model):
+        raise ValueError(
+            "Expected the config of a two-stage detector with AnchorGenerator, DeltaXYWHBBoxCoder "
+            "and SingleRoIExtractor, got none of them"
+        )
+    return model
+
+
+def _replace(part: Any) -> int:
+    """Replace in place; return how many."""
+    if isinstance(part, list | tuple):
+        return sum(_replace(one) for one in part)
+    if not isinstance(part, dict):
+        return 0
+    replaced = 0
+    if part.get("type") in _REPLACED:
+        part["type"] = _REPLACED[part["type"]]
+        replaced += 1
+    if part.get("type") == "RoIAlign":
+        part["sampling_ratio"] = 2
+    if "min_bbox_size" in part:
+        part["min_bbox_size"] = -1
+    return replaced + sum(_replace(part[key]) for key in part)
