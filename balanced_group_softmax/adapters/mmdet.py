@@ -36,6 +36,7 @@ from balanced_group_softmax.adapters.freezing import freeze_all_but
 from balanced_group_softmax.counts import category_counts, category_ids
 from balanced_group_softmax.detections import select_detections
 from balanced_group_softmax.functional import grouped_softmax_loss, grouped_softmax_scores
+from balanced_group_softmax.head import BAGSHead
 from balanced_group_softmax.layout import GroupLayout
 from balanced_group_softmax.rebalance.class_weights import (
     class_balanced_weights,
@@ -48,10 +49,12 @@ __all__ = [
     "ReweightedCrossEntropyLoss",
     "SelectDetections",
     "SelectDetectionsShared2FCBBoxHead",
+    "StartHook",
     "bags_losses",
     "check_categories",
     "check_detector",
     "freeze",
+    "start_from_softmax",
 ]
 
 Train = Literal["classifier", "box_head", "box_and_mask_heads", "all"]
@@ -370,6 +373,60 @@ class FreezeHook(Hook):
             runner.model = runner.wrap_model(runner.cfg.get("model_wrapper_cfg"), model)
         number = sum(parameter.numel() for parameter in trained)
         runner.logger.info(f"BAGSFreezeHook: {self.train!r} trains, {number} parameters")
+
+
+def start_from_softmax(state_dict: dict[str, Any], model: nn.Module) -> int:
+    """Make group logits of the softmax classifiers in a checkpoint, as `BAGSHead.from_linear` does.
+
+    Without it mmdet drops `fc_cls` of a plain detector, whose width differs, with a warning, and
+    BAGS starts from random weights, as in the original.
+
+    Args:
+        state_dict: of the detector with plain softmax; its `fc_cls` are replaced.
+        model: the detector with BAGS losses.
+
+    Returns:
+        How many classifiers were replaced; those of the layout's width stay as they are.
+
+    Raises:
+        ValueError: a classifier is neither as wide as the labels nor as the logits.
+    """
+    replaced = 0
+    for name, module in model.named_modules():
+        loss = getattr(module, "loss_cls", None)
+        weight = state_dict.get(f"{name}.fc_cls.weight")
+        if not isinstance(loss, MMDetBAGSLoss) or weight is None:
+            continue
+        layout = loss.layout
+        rows, width = weight.shape
+        if rows == layout.num_logits:
+            continue
+        if rows != layout.num_labels:
+            raise ValueError(
+                f"Expected `{name}.fc_cls` of {layout.num_labels} rows, one for each label, or of "
+                f"{layout.num_logits} logits, got {rows}"
+            )
+        linear = nn.Linear(width, rows)
+        linear.load_state_dict({"weight": weight, "bias": state_dict[f"{name}.fc_cls.bias"]})
+        for kind, value in BAGSHead.from_linear(linear, layout).fc.state_dict().items():
+            state_dict[f"{name}.fc_cls.{kind}"] = value
+        replaced += 1
+    return replaced
+
+
+@HOOKS.register_module(name="BAGSStartHook")
+class StartHook(Hook):
+    """Starts BAGS from the trained classifier of `load_from`: `start_from_softmax`.
+
+    Registered as `BAGSStartHook`. A checkpoint that has group logits already is left alone.
+    """
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Change the checkpoint before its weights are copied."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        state_dict = checkpoint.get("state_dict", checkpoint)
+        number = start_from_softmax(state_dict, model)
+        runner.logger.info(f"BAGSStartHook: {number} classifiers start from plain softmax")
 
 
 # --- checks --------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ def convert_to_mmdet(
     Box, mask and semantic heads gain the prefix `roi_head.`. The row of background goes from the
     first place to the last in a softmax classifier, and out of class-specific box and mask layers,
     which have none in mmdet 3. The classifier of BAGS stays as it is, and its layout is added as
-    `roi_head.bbox_head.loss_cls._extra_state`. `mask_head.0.conv_res` of a Hybrid Task Cascade, which
-    nothing uses, is left out.
+    `roi_head.bbox_head.loss_cls._extra_state`. `mask_head.0.conv_res`, which nothing uses in a
+    Hybrid Task Cascade, is left out.
 
     Args:
         state_dict: of the original. Not changed; tensors that stay as they are are shared.

@@ -48,7 +48,10 @@ KINDS = {
     "bags, masks": ("mask-rcnn_r50_fpn_1x", replace(BAGS, mask=True)),
     "softmax, masks": ("mask-rcnn_r50_fpn_1x", Kind(mask=True)),
     "cascade": ("cascade-rcnn_x101-64x4d_fpn_1x", replace(CASCADE, groups=64, width=4)),
-    "cascade, softmax": ("cascade-rcnn_x101-64x4d_fpn_1x", Kind(stages=3, agnostic=True, groups=64, width=4)),
+    "cascade, softmax": (
+        "cascade-rcnn_x101-64x4d_fpn_1x",
+        Kind(stages=3, agnostic=True, groups=64, width=4),
+    ),
     "htc, dcn": (
         "htc_x101-64x4d-dconv-c3-c5_fpn_ms-400-1400_20e",
         replace(CASCADE, mask=True, semantic=True, groups=64, width=4, dcn=True),
