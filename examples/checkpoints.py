@@ -7,11 +7,15 @@ configuration nor the annotations again. Files are read with `weights_only=True`
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import hashlib
 import os
 import pickle
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +60,8 @@ class Checkpoint:
     model: State
     val_files: tuple[str, str]
     """Annotations and image folder that the run evaluates on."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """What its weights come from beside the recipe; a run that goes on compares it."""
     training: State | None = None
     """Optimiser, scaler, running mean and place in the data; None when training is over."""
 
@@ -68,6 +74,7 @@ class Checkpoint:
             "categories": asdict(self.categories),
             "model": self.model,
             "val_files": self.val_files,
+            "origin": self.origin,
             "training": self.training,
         }
 
@@ -98,14 +105,21 @@ class Checkpoint:
                 f"{path}: Expected a checkpoint of this example, got a file with "
                 f"{', '.join(map(str, list(content)[:3])) or 'nothing'}"
             )
-        return cls(
-            content["stage"],
-            Recipe.from_toml(content["recipe"]),
-            Categories(**content["categories"]),
-            content["model"],
-            content["val_files"],
-            content["training"],
-        )
+        try:
+            return cls(
+                content["stage"],
+                Recipe.from_toml(content["recipe"]),
+                Categories(**content["categories"]),
+                content["model"],
+                tuple(content["val_files"]),
+                content["origin"],
+                content["training"],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: Expected a checkpoint of this version of the example, got one in which "
+                f"something is missing or new: {error}"
+            ) from None
 
     def make_model(self, recipe: Recipe | None = None) -> FasterRCNN:
         """Build the detector with its weights, on the CPU.
@@ -124,6 +138,16 @@ class Checkpoint:
         return model
 
 
+def fingerprint(state: State, *, without: str | None = None) -> str:
+    """Return a hash of the weights, but for those whose name begins with `without`."""
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        if without is None or not name.startswith(without):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def read_state(path: str | os.PathLike[str]) -> State:
     """Read a dict that torch saved, running no code of it.
 
@@ -131,12 +155,15 @@ def read_state(path: str | os.PathLike[str]) -> State:
         OSError: It cannot be read.
         ValueError: It is something else, or damaged.
     """
+    # torchvision's training scripts keep their arguments beside the weights.
+    admitted = getattr(torch.serialization, "safe_globals", lambda classes: nullcontext())
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with admitted([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(error).split()))[:200]
         raise ValueError(f"{path}: Expected a file of torch.save, got {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: Expected a dict, got {type(content).__name__}")

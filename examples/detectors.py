@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torchvision
 from recipe import Recipe
 from small_detector import SharedBoxRegression, small_detector
@@ -54,7 +56,9 @@ def make_detector(recipe: Recipe, num_categories: int) -> FasterRCNN:
     if recipe.backbone == "small":
         model = small_detector(kind, num_categories, **limits)
     else:
-        model = kind(_resnet_fpn(recipe), num_classes=num_categories + 1, **limits)
+        with _downloads(recipe):
+            backbone = _resnet_fpn(recipe)
+        model = kind(backbone, num_classes=num_categories + 1, **limits)
     predictor = model.roi_heads.box_predictor
     # Small weights as in the original, so that their norms tell what was learned.
     nn.init.normal_(predictor.cls_score.weight, std=0.01)
@@ -64,7 +68,10 @@ def make_detector(recipe: Recipe, num_categories: int) -> FasterRCNN:
             predictor.cls_score.in_features, num_categories + 1
         )
     if recipe.weights == "coco":
-        load_what_fits(model, COCO_WEIGHTS[recipe.detector].get_state_dict(progress=True))
+        with _downloads(recipe):
+            state = COCO_WEIGHTS[recipe.detector].get_state_dict(progress=True, check_hash=True)
+        load_what_fits(model, state)
+        trained_without_eps(model)
     # Under autocast anchors and deltas would have the 8 or 11 bits of what they come from, which
     # do not hold a pixel.
     model.backbone.register_forward_hook(_in_float32)
@@ -89,6 +96,38 @@ def _resnet_fpn(recipe: Recipe) -> nn.Module:
         norm_layer=FrozenBatchNorm2d if recipe.norm == "frozen" else nn.BatchNorm2d,
         trainable_layers=recipe.trainable_layers,
     )
+
+
+@contextmanager
+def _downloads(recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"Expected `weights` {recipe.weights} in torch's cache or on the network, got an "
+            f"error: {error}"
+        ) from None
+
+
+def trained_without_eps(model: nn.Module) -> None:
+    """Let frozen normalisation compute what it computes with an epsilon of 0.
+
+    torchvision's first detectors for COCO were trained that way. The epsilon is taken off the
+    variances, which a checkpoint keeps.
+    """
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.running_var -= module.eps
+
+
+def place(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+    """Move a detector, in place, to where and how it is to compute."""
+    model.to(device)
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if recipe.compile:
+        model.get_submodule("backbone").compile(dynamic=True)
+    return model
 
 
 def load_what_fits(model: nn.Module, state: Mapping[str, Any]) -> list[str]:

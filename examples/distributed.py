@@ -20,6 +20,11 @@ from torch import nn
 
 _T = TypeVar("_T")
 
+
+class FailedElsewhere(Exception):
+    """The first process failed, and tells why."""
+
+
 TIMEOUT = timedelta(hours=2)
 """Others wait that long while the first process draws data or evaluates."""
 
@@ -27,7 +32,8 @@ TIMEOUT = timedelta(hours=2)
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the other processes, if torchrun started any, and leave them at the end."""
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not launched or dist.is_initialized():
         yield
         return
     if device.type == "cuda":
@@ -61,7 +67,7 @@ def local_device(name: str | None) -> torch.device:
     """Return the device of this process: the one named, else its own GPU, else the CPU.
 
     Raises:
-        ValueError: The device cannot be used.
+        ValueError: The device cannot be used, or is named for several processes.
     """
     if name is None:
         if not torch.cuda.is_available():
@@ -69,7 +75,12 @@ def local_device(name: str | None) -> torch.device:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     try:
         device = torch.device(name)
-        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            if device.index is not None:
+                raise ValueError(
+                    f"Expected `--device` cuda with several processes, each of which takes a GPU "
+                    f"of its own, got {name}"
+                )
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -127,10 +138,11 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def first_does(work: Callable[[], _T]) -> _T:
-    """Let the first process do something; return its result, or raise its error, in all.
+    """Let the first process do something; return its result in all.
 
     Raises:
-        OSError, ValueError, ImportError: What `work` raised.
+        OSError, ValueError, ImportError: What `work` raised, in the first process.
+        FailedElsewhere: It raised one of these, in the others.
     """
     outcome: tuple[bool, Any] = True, None
     if is_first():
@@ -140,6 +152,6 @@ def first_does(work: Callable[[], _T]) -> _T:
             outcome = False, error
     succeeded, value = from_first(outcome)
     if not succeeded:
-        raise value
+        raise value if is_first() else FailedElsewhere
     result: _T = value
     return result

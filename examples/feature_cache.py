@@ -16,7 +16,6 @@ Several processes of one machine may fill it together, and a run that is killed 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -28,8 +27,9 @@ from typing import Any, Literal
 import distributed
 import numpy as np
 import torch
+from checkpoints import fingerprint
 from detection_data import LVISDetection, collate
-from detectors import CLASSIFIER
+from detectors import CLASSIFIER, place
 from loading import BROKEN, Replacing, ignore_sigterm
 from recipe import Recipe
 from run_folder import write_json
@@ -185,11 +185,6 @@ def contents_of(
 ) -> Contents:
     """Return what the cache of a softmax detector would hold."""
     classifier: Any = model.get_submodule(PREDICTOR)
-    weights = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if not name.startswith(CLASSIFIER):
-            weights.update(name.encode())
-            weights.update(value.detach().cpu().contiguous().numpy().tobytes())
     options = ("short_sides", "long_side", "foreground_share", "batch_size", "amp")
     return Contents(
         draws=draws,
@@ -199,7 +194,7 @@ def contents_of(
         seed=seed,
         flip=recipe.flip,
         recipe=", ".join(f"{name} {getattr(recipe, name)}" for name in options),
-        detector=weights.hexdigest(),
+        detector=fingerprint(model.state_dict(), without=CLASSIFIER),
         data=dataset.fingerprint(),
     )
 
@@ -227,14 +222,14 @@ def fill(
         skip_broken: Take the next image in place of one that cannot be read.
 
     Returns:
-        What was wrong with images, in every process.
+        What was wrong with images, as this process noticed.
 
     Raises:
         ImageError: An image cannot be read.
     """
     broken: list[str] = []
     detector, recorder = _recording(model)
-    detector.to(device).train()
+    place(detector, recipe, device).train()
     counts: list[int] = []
     hook = detector.get_submodule("roi_heads.box_roi_pool").register_forward_pre_hook(
         lambda module, args: counts.extend(len(boxes) for boxes in args[1])
@@ -255,6 +250,7 @@ def fill(
         collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=ignore_sigterm,
+        pin_memory=torch.cuda.is_available(),
     )
     bar = tqdm(
         zip(mine, loader, strict=True),
@@ -269,9 +265,9 @@ def fill(
         torch.manual_seed(_seed(cache.contents.seed, *batch[0]))
         with torch.autocast(device.type, AUTOCAST.get(recipe.amp), enabled=recipe.amp != "off"):
             detector(
-                [image.to(device) for image in images],
+                [image.to(device, non_blocking=True) for image in images],
                 [
-                    {key: target[key].to(device) for key in ("boxes", "labels")}
+                    {key: target[key].to(device, non_blocking=True) for key in ("boxes", "labels")}
                     for target in targets
                 ],
             )
@@ -280,7 +276,7 @@ def fill(
             cache.put(draw, image, features, labels)
     hook.remove()
     distributed.barrier()
-    return [reason for part in distributed.gathered(broken) for reason in part]
+    return broken
 
 
 def _recording(model: nn.Module) -> tuple[nn.Module, Recorder]:

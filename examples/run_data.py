@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import distributed
 from checkpoints import Categories
 from detection_data import LVISDetection
 from lvis_evaluation import read_frequencies
@@ -97,7 +99,7 @@ def load_data(files: Files, *, masks: bool, skip_broken: bool, progress: bool) -
         )
     if not skip_broken:
         for dataset in (train, val):
-            dataset.check_images(progress=progress)
+            distributed.first_does(partial(dataset.check_images, progress=progress))
     frequencies = read_frequencies(files.annotations)
     categories = Categories(
         ids=tuple(train.category_ids),

@@ -19,7 +19,8 @@ from ground_truth import read_ground_truth
 from lvis_evaluation import Metrics, choose_method, evaluate
 from recipe import Recipe
 from results_files import read_results
-from run_folder import partial_path, write_text
+from resuming import BROKEN_IMAGES, note_broken
+from run_folder import partial_path
 from stages import BAGS, SOFTMAX, Setting
 from torch import nn
 from training import AUTOCAST
@@ -53,7 +54,7 @@ def evaluated(setting: Setting, name: str, model: nn.Module) -> Metrics:
             skip_broken=setting.skip_broken,
             title=f"Evaluating {name}",
         )
-        setting.broken.update(dict.fromkeys(broken))
+        note_broken(setting.folder, setting.broken, broken)
         metrics: Metrics = {}
         if distributed.is_first():
             metrics = figures_of(path, setting, recipe)
@@ -126,10 +127,9 @@ def report_epoch(setting: Setting, name: str, model: nn.Module, epoch: int) -> N
 def report_broken(setting: Setting) -> None:
     """Tell which images could not be read."""
     if setting.broken:
-        write_text(setting.folder / "broken_images.txt", "\n".join(setting.broken) + "\n")
         print(
             f"{len(setting.broken)} images could not be read, such as {next(iter(setting.broken))};"
-            f" all of them: {setting.folder / 'broken_images.txt'}"
+            f" all of them: {setting.folder / BROKEN_IMAGES}"
         )
 
 

@@ -6,17 +6,16 @@ interrupted one goes on from.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import distributed
 import torch
-from checkpoints import Checkpoint, State, read_state
+from checkpoints import Checkpoint, State
 from detection_data import make_transforms
-from detectors import CLASSIFIER, load_what_fits, make_detector
+from detectors import CLASSIFIER, make_detector, place
 from feature_cache import (
     PREDICTOR,
     CachedBatches,
@@ -26,7 +25,8 @@ from feature_cache import (
     fill,
 )
 from loading import TrainingBatches, epoch_batches, steps_of
-from recipe import ARCHITECTURE, Recipe
+from recipe import Recipe
+from resuming import check_same_run, note_broken, origin
 from run_data import Data
 from torch import nn
 from training import Job, train
@@ -54,9 +54,8 @@ class Setting:
     resume: bool = False
     logger: Callable[[str, int], Log] = field(default=lambda name, step: lambda step, values: None)
     """Given a training's name and its first step."""
-    after_epoch: Callable[[str, nn.Module, int], None] = field(
-        default=lambda name, model, epoch: None
-    )
+    after_epoch: Callable[[str, nn.Module, int], None] | None = None
+    """Given a training's name, the detector, and how many epochs are over."""
     broken: dict[str, None] = field(default_factory=dict)
     """What was wrong with images."""
     start: Checkpoint | None = None
@@ -85,30 +84,26 @@ def run_stage(setting: Setting, name: str, start: Checkpoint | None) -> Checkpoi
         Interrupted: The process was asked to end.
     """
     done, partial = setting.folder / f"{name}.pt", setting.folder / f"{name}.training.pt"
-    recipe = setting.recipe(name)
-    if setting.resume and done.exists():
-        if distributed.is_first():
-            partial.unlink(missing_ok=True)  # of a run that was killed in between
-        return checked(Checkpoint.load(done), setting, recipe, done)
-    resumed = None
-    if setting.resume and partial.exists():
-        resumed = checked(Checkpoint.load(partial), setting, recipe, partial)
-    setting.data.train.transforms = make_transforms(flip=recipe.flip)
+    recipe, data = setting.recipe(name), setting.data
+    cached = name != SOFTMAX and setting.cache is not None
+    comes_from = origin(
+        seed=setting.seed,
+        data=data.train.fingerprint(),
+        start=start,
+        cache_draws=setting.cache_draws if cached else 0,
+    )
+    found, resumed = _found(setting, done, partial), None
+    if found is not None:
+        path, resumed = found
+        check_same_run(path, resumed, recipe, data.categories, comes_from)
+        if resumed.training is None:
+            if distributed.is_first():
+                partial.unlink(missing_ok=True)  # of a run that was killed in between
+            return resumed
+    data.train.transforms = make_transforms(flip=recipe.flip)
     torch.manual_seed(setting.seed)
-    if resumed is not None:
-        model = resumed.make_model()
-    elif start is not None:
-        model = start.make_model(recipe)
-        if name == BAGS:
-            layout = setting.data.categories.layout(recipe.thresholds)
-            convert_to_bags(model, layout, recipe.others_ratio)
-    else:
-        model = make_detector(recipe, len(setting.data.categories.ids))
-    model.to(setting.device)
-    if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if recipe.compile:
-        model.backbone.compile(dynamic=True)
+    model = make_model(setting, name, start) if resumed is None else resumed.make_model()
+    place(model, recipe, setting.device)
     if name == SOFTMAX:
         parameters = [p for p in model.parameters() if p.requires_grad]
     else:
@@ -116,25 +111,27 @@ def run_stage(setting: Setting, name: str, start: Checkpoint | None) -> Checkpoi
 
     def content(training: State | None) -> Checkpoint:
         state = model.state_dict()
-        data = setting.data
-        return Checkpoint(name, recipe, data.categories, state, data.val_files, training)
+        return Checkpoint(
+            name, recipe, data.categories, state, data.val_files, comes_from, training
+        )
 
     def save(state: State) -> None:
+        note_broken(setting.folder, setting.broken, batches.broken)
         if distributed.is_first():
-            identity = {"seed": setting.seed, "world_size": distributed.world_size()}
-            content({**state, **identity}).save(partial)
+            content({**state, "processes": distributed.world_size()}).save(partial)
 
-    training = None if resumed is None else resumed.training
-    trained: nn.Module = model
-    cache = None
-    if start is not None and name != SOFTMAX and setting.cache is not None:
+    cache, trained = None, model
+    if cached:
+        assert start is not None
         cache = filled_cache(setting, start, recipe)
         trained = CachedClassifier(model.get_submodule(PREDICTOR))
-    job, batches = make_job(setting, name, recipe, trained, parameters, save, cache)
+    job, batches = make_job(setting, name, trained, parameters, save, cache)
+    if setting.after_epoch is not None:
+        job.after_epoch = functools.partial(setting.after_epoch, name, model)
+    training = None if resumed is None else resumed.training
     job.log = setting.logger(name, 0 if training is None else training["step"])
     train(job, training)
-    for part in distributed.gathered(batches.broken):
-        setting.broken.update(part)
+    note_broken(setting.folder, setting.broken, batches.broken)
     if start is not None and name != SOFTMAX and recipe.train == "classifier":
         check_frozen(start.model, model.state_dict())
     finished = content(None)
@@ -145,17 +142,35 @@ def run_stage(setting: Setting, name: str, start: Checkpoint | None) -> Checkpoi
     return finished
 
 
+def _found(setting: Setting, done: Path, partial: Path) -> tuple[Path, Checkpoint] | None:
+    """Return the checkpoint to go on from, if there is one and it is asked for."""
+    if not setting.resume:
+        return None
+    path = done if done.exists() else partial
+    return (path, Checkpoint.load(path)) if path.exists() else None
+
+
+def make_model(setting: Setting, name: str, start: Checkpoint | None) -> nn.Module:
+    """Return the detector that a training begins with."""
+    recipe, categories = setting.recipe(name), setting.data.categories
+    if start is None:
+        return make_detector(recipe, len(categories.ids))
+    model = start.make_model(recipe)
+    if name == BAGS:
+        convert_to_bags(model, categories.layout(recipe.thresholds), recipe.others_ratio)
+    return model
+
+
 def make_job(
     setting: Setting,
     name: str,
-    recipe: Recipe,
     model: nn.Module,
     parameters: list[nn.Parameter],
     save: Callable[[State], None],
     cache: FeatureCache | None,
 ) -> tuple[Job, TrainingBatches | CachedBatches]:
     """Return a training and where its batches come from."""
-    number = STAGE_NUMBER[name]
+    recipe, number = setting.recipe(name), STAGE_NUMBER[name]
     order = epoch_batches(
         setting.data.train,
         recipe,
@@ -184,7 +199,6 @@ def make_job(
         device=setting.device,
         save=save,
         save_every=setting.save_every,
-        after_epoch=lambda epoch: setting.after_epoch(name, model, epoch),
     )
     return job, batches
 
@@ -214,87 +228,8 @@ def filled_cache(setting: Setting, start: Checkpoint, recipe: Recipe) -> Feature
         num_workers=setting.num_workers,
         skip_broken=setting.skip_broken,
     )
-    setting.broken.update(dict.fromkeys(broken))
+    note_broken(setting.folder, setting.broken, broken)
     return cache
-
-
-def checked(checkpoint: Checkpoint, setting: Setting, recipe: Recipe, path: Path) -> Checkpoint:
-    """Return a checkpoint of this run.
-
-    Raises:
-        ValueError: It is of other options, categories, seed or number of processes.
-    """
-    before, now = dataclasses.asdict(checkpoint.recipe), dataclasses.asdict(recipe)
-    changed = {key: (before[key], now[key]) for key in now if before[key] != now[key]}
-    if checkpoint.training is not None:
-        for key, value in (("seed", setting.seed), ("world_size", distributed.world_size())):
-            if checkpoint.training[key] != value:
-                changed[key] = (checkpoint.training[key], value)
-    if checkpoint.categories != setting.data.categories:
-        changed["categories"] = ("others", "those of the annotations")
-    if changed:
-        text = ", ".join(f"{key} was {old} and is {new}" for key, (old, new) in changed.items())
-        raise ValueError(f"{path}: Expected to resume the same run, but {text}")
-    return checkpoint
-
-
-def start_of_stage_two(
-    path: Path, start: Checkpoint, data: Data, recipe: Recipe, given: set[str]
-) -> tuple[Checkpoint, Recipe]:
-    """Return a trained softmax detector, and the recipe with its architecture.
-
-    Args:
-        path: Of the checkpoint, for messages.
-        start: A checkpoint of stage one, or of its continuation.
-        data: What is trained on.
-        recipe: Of stage two.
-        given: The options that somebody asked for, which must not contradict the checkpoint.
-
-    Raises:
-        ValueError: It does not fit.
-    """
-    if start.stage == BAGS:
-        raise ValueError(f"{path}: Expected a detector with plain softmax to start from, got bags")
-    if start.categories.ids != data.categories.ids:
-        raise ValueError(
-            f"{path}: Expected a detector of the {len(data.categories.ids)} categories of the "
-            f"annotations, got one of {len(start.categories.ids)} with other ids"
-        )
-    own = {name: getattr(start.recipe, name) for name in ARCHITECTURE}
-    for name, value in own.items():
-        if name in given and getattr(recipe, name) != value:
-            raise ValueError(
-                f"{path}: Expected a detector with `{name}` {getattr(recipe, name)}, got {value}"
-            )
-    return start, dataclasses.replace(recipe, **own, weights="none")
-
-
-def with_weights_of(path: Path, recipe: Recipe, data: Data) -> Checkpoint:
-    """Return a fresh softmax detector with what fits of any local checkpoint's weights.
-
-    Args:
-        path: A state dict, a checkpoint of this example, or a dict that holds one as `model` or
-            `state_dict`.
-        recipe: Of stage one.
-        data: What is trained on.
-
-    Raises:
-        OSError: The file cannot be read.
-        ValueError: It holds no weights, or none that fit.
-    """
-    content: dict[str, Any] = read_state(path)
-    for key in ("model", "state_dict"):
-        if isinstance(content.get(key), dict):
-            content = content[key]
-    model = make_detector(dataclasses.replace(recipe, weights="none"), len(data.categories.ids))
-    try:
-        fresh = load_what_fits(model, content)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if distributed.is_first():
-        shown = ", ".join(fresh[:6]) + (", ..." if len(fresh) > 6 else "")
-        print(f"Not in {path}, and so fresh: {shown or 'nothing'}")
-    return Checkpoint(SOFTMAX, recipe, data.categories, model.state_dict(), data.val_files)
 
 
 def check_frozen(before: State, after: State) -> None:

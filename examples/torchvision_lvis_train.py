@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import platform
 import shutil
 import sys
@@ -51,6 +52,7 @@ from recipe import (
     recipes_of,
     run_toml,
 )
+from resuming import noted_broken
 from run_data import Files, describe, load_data, named_files
 from run_folder import make_run_folder, write_json, write_text
 from run_results import (
@@ -69,9 +71,8 @@ from stages import (
     Log,
     Setting,
     run_stage,
-    start_of_stage_two,
-    with_weights_of,
 )
+from starting_points import start_of_stage_two, with_weights_of
 from training import Interrupted
 
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
@@ -82,6 +83,7 @@ STAGES = {
     "bags": (BAGS,),
 }
 EFFECTIVE = "recipe.toml"
+FAILED = 2
 TERMINATED = 143
 """How a shell says that SIGTERM ended a command."""
 
@@ -97,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = None
         try:
             check_installed()
+            check_tensorboard(args)
             folder = Path(distributed.first_does(lambda: str(open_run_folder(args))))
             setting = prepare(args, folder, device)
             run(args, setting)
@@ -104,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if distributed.is_first():
                 print(f"Asked to end; go on with --resume --output {folder}", file=sys.stderr)
             return TERMINATED
+        except distributed.FailedElsewhere:
+            return FAILED
         except (OSError, ValueError, ImportError, ImageError, FloatingPointError) as error:
             return fail(error, folder)
     return 0
@@ -113,13 +118,13 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
     """Read data and recipes, and say what will be done."""
     options = [read_options(args.config or DEMO), given_options(args)]
     recipes = recipes_of(*options)
+    in_stage_two = args.stage in ("continued", "bags")
+    start = Checkpoint.load(args.checkpoint) if in_stage_two else None
     files = named_files(args.annotations, args.images, args.val_annotations, args.val_images)
     if files is None:
         files = distributed.first_does(lambda: draw_demo_data(args, folder))
     elif not args.val_annotations and distributed.is_first():
         print("No --val-annotations: evaluating on the training images.")
-    in_stage_two = args.stage in ("continued", "bags")
-    start = Checkpoint.load(args.checkpoint) if in_stage_two else None
     detector = (start.recipe if start is not None else recipes["softmax"]).detector
     data = load_data(
         files,
@@ -133,7 +138,7 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
             args.checkpoint, start, data, recipes["bags"], given & FIELDS.keys()
         )
     elif args.checkpoint:
-        start = with_weights_of(args.checkpoint, recipes["softmax"], data)
+        start = with_weights_of(args.checkpoint, recipes["softmax"], data, args.seed)
     setting = Setting(
         folder=folder,
         data=data,
@@ -144,6 +149,7 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
         save_every=args.save_every,
         skip_broken=args.skip_broken,
         resume=args.resume is not None,
+        broken=noted_broken(folder) if args.resume else {},
         logger=lambda name, step: make_log(args, folder, name, step),
         start=start,
         cache=args.cache_features,
@@ -202,6 +208,12 @@ def open_run_folder(args: argparse.Namespace) -> Path:
     """Return a new or empty folder, or the one to go on in."""
     if args.resume and Path(args.output).is_dir():
         folder = Path(args.output)
+        names = {path.name for path in folder.iterdir() if not path.name.startswith(".partial-")}
+        if names - {"data"} and EFFECTIVE not in names:
+            raise ValueError(
+                f"{folder}: Expected a run folder with {EFFECTIVE}, or an empty one, to `--resume` "
+                f"in, got a folder with {', '.join(sorted(names)[:3])}"
+            )
         for left in folder.glob(".partial-*"):  # of a run that was killed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         return folder
@@ -213,6 +225,16 @@ def draw_demo_data(args: argparse.Namespace, folder: Path) -> Files:
     if not (folder / "data").is_dir():
         write_demo_data(folder / "data", args.seed, progress=True)
     return Files(*(folder / "data" / part for part in ("train.json", "train", "val.json", "val")))
+
+
+def check_tensorboard(args: argparse.Namespace) -> None:
+    """Check that losses can be logged.
+
+    Raises:
+        ImportError: TensorBoard is asked for and not there.
+    """
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ImportError("Expected the package tensorboard for `--tensorboard`, found none")
 
 
 def make_log(args: argparse.Namespace, folder: Path, name: str, step: int) -> Log:
@@ -373,8 +395,9 @@ def fail(error: BaseException, folder: Path | None) -> int:
                 f" ({folder} keeps {kept}; go on with `--resume`, or remove it or give another "
                 "`--output` to start again)"
             )
-    print(f"error: {text}", file=sys.stderr)
-    return 2
+    who = "" if distributed.is_first() else f"process {distributed.rank()}: "
+    print(f"{who}error: {text}", file=sys.stderr)
+    return FAILED
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ class Job:
     """Called with what is to be kept beside the model's weights."""
     save_every: int
     log: Callable[[int, dict[str, float]], None] = field(default=lambda step, values: None)
-    after_epoch: Callable[[int], None] = field(default=lambda epoch: None)
+    after_epoch: Callable[[int], None] | None = None
+    """Called with how many epochs are over; `model` has the running mean of its weights then."""
 
 
 class Interrupted(Exception):
@@ -119,15 +120,31 @@ def train(job: Job, resume: State | None = None) -> None:
                     raise Interrupted
             if step % job.save_every == 0 and step < job.steps:
                 save()
-            if place[0] > epoch and step < job.steps:
+            if job.after_epoch is not None and place[0] > epoch and step < job.steps:
                 distributed.share_buffers(job.model)
-                job.after_epoch(place[0])
+                save()  # what comes may take long
+                with averaged(job.model, mean):
+                    job.after_epoch(place[0])
             bar.update()
             bar.set_postfix(loss=f"{watch.last:.3f}", refresh=False)
     check_weights(job, step)
     if mean is not None:
         job.model.load_state_dict(mean.module.state_dict())
     distributed.share_buffers(job.model)
+
+
+@contextmanager
+def averaged(model: nn.Module, mean: AveragedModel | None) -> Iterator[None]:
+    """Give a model the running mean of its weights for a while."""
+    if mean is None:
+        yield
+        return
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(mean.module.state_dict())
+    try:
+        yield
+    finally:
+        model.load_state_dict(own)
 
 
 class Stepper:
@@ -148,7 +165,6 @@ class Stepper:
         recipe = self.job.recipe
         set_learning_rate(self.optimizer, recipe, step, self.job.steps)
         for part in range(recipe.accumulate):
-            # The batch first: making a loader's iterator draws a random number.
             place, (images, targets) = next(batches)
             if part == 0:
                 seed_step(self.job.seed, step)

@@ -1,5 +1,6 @@
 """What the tests of the training pipeline share: a small data set, and runs as users start them."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -67,9 +68,23 @@ def run(arguments: Sequence[str], processes: int = 1) -> str:
 
 def kill(process: subprocess.Popen[str], number: int = signal.SIGKILL) -> int:
     """Send a signal to a script and what it started; its exit status."""
-    os.killpg(process.pid, number)
+    for pid in [process.pid, *descendants(process.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
     process.communicate(timeout=120)
     return process.returncode
+
+
+def descendants(pid: int) -> list[int]:
+    """What a process has started, and these in turn; torchrun's are in sessions of their own."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
 
 
 def assert_same_state(ours: dict[str, Any], expected: dict[str, Any]) -> None:

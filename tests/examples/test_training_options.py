@@ -1,10 +1,13 @@
 """Options of the training example, each in a short run on a small data set."""
 
+import argparse
+import copy
 import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -14,11 +17,13 @@ pytest.importorskip("lvis")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import torchvision_lvis_train as example
-from checkpoints import Checkpoint
-from detectors import CLASSIFIER, make_detector
-from pipeline_cases import data_arguments
+from checkpoints import Checkpoint, read_state
+from detectors import CLASSIFIER, make_detector, trained_without_eps
+from pipeline_cases import assert_same_state, data_arguments
 from recipe import Recipe, read_options, recipes_of
 from torch import nn
+from torchvision.models.detection._utils import overwrite_eps
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SHORT = ["--steps", "2", "--batch-size", "2", "--short-sides", "64", "--long-side", "128"]
@@ -82,6 +87,53 @@ def test_losses_are_logged_for_tensorboard(few: Path, tmp_path: Path) -> None:
     events.Reload()
     assert {"loss", "loss_classifier", "loss_box_reg"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
+
+
+def test_tensorboard_that_is_missing_is_told_before_training(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    find = example.importlib.util.find_spec
+    monkeypatch.setattr(
+        example.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "tensorboard" else find(name, *rest),
+    )
+    arguments = [*data_arguments(few), *SHORT, "--tensorboard", "--output", str(tmp_path / "run")]
+    assert example.main(arguments) == 2
+    assert "Expected the package tensorboard" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_evaluation_in_between_is_of_the_detector_that_would_be_saved(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    """With a running mean that stays at the first step's weights. And it leaves no trace."""
+    run(few, tmp_path / "one")
+    seen = []
+    monkeypatch.setattr(
+        example,
+        "report_epoch",
+        lambda setting, name, model, epoch: seen.append((epoch, copy.deepcopy(model.state_dict()))),
+    )
+    start = ["--checkpoint", str(tmp_path / "one" / "softmax.pt")]
+    start += ["--steps", "6", "--batch-size", "4"]
+    if cached:
+        start += ["--cache-features", str(tmp_path / "cache")]
+    every = ["--evaluate-every", "1"]
+    states = []
+    for name, options in (
+        ("still", ["--ema", "1", *every]),
+        ("with", ["--ema", "0.5", *every]),
+        ("without", ["--ema", "0.5"]),
+    ):
+        run(few, tmp_path / name, *start, *options, stage="continued")
+        states.append(Checkpoint.load(tmp_path / name / "softmax_continued.pt").model)
+    assert [epoch for epoch, _ in seen] == [1, 2, 1, 2]
+    for _, state in seen[:2]:
+        assert_same_state(state, states[0])
+    assert_same_state(states[1], states[2])
+    assert not torch.equal(states[0][f"{CLASSIFIER}weight"], states[1][f"{CLASSIFIER}weight"])
 
 
 def test_masks_are_trained_and_evaluated(few: Path, tmp_path: Path) -> None:
@@ -183,6 +235,53 @@ def test_nothing_stays_random_and_frozen(few: Path, tmp_path: Path, capsys: Any)
     arguments = [*data_arguments(few), *SHORT, "--backbone", "resnet50", "--stage", "softmax"]
     assert example.main([*arguments, "--output", str(tmp_path / "run")]) == 2
     assert "to start from nothing, got `weights` none" in capsys.readouterr().err
+
+
+def test_detectors_for_coco_were_trained_without_an_epsilon() -> None:
+    """torchvision sets the epsilon to 0 after loading them; a checkpoint could not keep that."""
+    recipe = Recipe(backbone="resnet18", trainable_layers=0, short_sides=(64,), long_side=128)
+    model = make_detector(recipe, 3).eval()
+    for module in model.modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.running_var.uniform_(1e-6, 1e-4)
+            module.weight.copy_(module.running_var.sqrt())
+    theirs = copy.deepcopy(model)
+    overwrite_eps(theirs, 0.0)
+    image = torch.rand(1, 3, 64, 64)
+    wanted = theirs.backbone(image)
+    before = model.backbone(image)
+    trained_without_eps(model)
+    again = make_detector(recipe, 3).eval()
+    again.load_state_dict(model.state_dict())
+    for name, value in again.backbone(image).items():
+        scale = wanted[name].norm()
+        assert (value - wanted[name]).norm() < 1e-4 * scale
+        assert (before[name] - wanted[name]).norm() > 1e-2 * scale
+
+
+def test_weights_that_cannot_be_downloaded_are_told(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    arguments = [*data_arguments(few), *SHORT, "--backbone", "resnet18", "--stage", "softmax"]
+    arguments += ["--weights", "imagenet", "--output", str(tmp_path / "run")]
+    assert example.main(arguments) == 2
+    assert "Expected `weights` imagenet in torch's cache or on" in capsys.readouterr().err
+
+
+def test_arguments_beside_weights_are_read_and_nothing_is_run(tmp_path: Path) -> None:
+    """As torchvision's own training scripts keep them."""
+    content = {"model": {"a": torch.ones(1)}, "args": argparse.Namespace(lr=0.1), "epoch": 3}
+    torch.save(content, tmp_path / "theirs.pth")
+    if hasattr(torch.serialization, "safe_globals"):
+        assert torch.equal(read_state(tmp_path / "theirs.pth")["model"]["a"], torch.ones(1))
+    torch.save({"path": Path("a")}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth: Expected a file of torch\.save") as caught:
+        read_state(tmp_path / "other.pth")
+    assert str(caught.value).isprintable()
 
 
 def test_boxes_keep_their_digits_under_autocast() -> None:
