@@ -130,7 +130,6 @@ ALLOWED: dict[str, set[str]] = {
     "detections": {"_arguments"},
     "rebalance": HELPERS | {"rebalance"},
     "rebalance.repeat_factors": {"_arguments"},
-    "rebalance.class_weights": {"_arguments"},
     "legacy": HELPERS | {"legacy", "rebalance.class_weights"},
     # Each adapter uses the core and what adapters share, never another adapter.
     "adapters": CORE_MODULES | {"_arguments", "tables", "adapters.protocol", "adapters.freezing"},

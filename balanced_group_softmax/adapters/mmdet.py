@@ -290,8 +290,8 @@ class ReweightedCrossEntropyLoss(CrossEntropyLoss):
             raise ValueError(f"Expected `scheme` to be one of {list(schemes)}, got {scheme!r}")
         if (annotations is None) == (counts is None):
             raise ValueError("Expected exactly one of `annotations` and `counts`")
-        weights = schemes[scheme](_counts(annotations, counts)[1])
-        super().__init__(class_weight=[*weights.tolist(), 1.0], loss_weight=loss_weight)
+        weights = schemes[scheme](_counts(annotations, counts)[1], background="last")
+        super().__init__(class_weight=weights.tolist(), loss_weight=loss_weight)
 
 
 # --- what trains ---------------------------------------------------------------------------------
@@ -596,11 +596,7 @@ def _category_weights(
                 "Expected `category_weights` of numbers, or 'inverse_frequency' with "
                 f"`annotations` or `counts`, got {weights!r}"
             )
-        values = torch.ones(layout.num_categories)
-        for group in layout.groups:
-            of_group = inverse_frequency_weights([counts[i] for i in group])
-            values[list(group)] = torch.from_numpy(of_group).float()
-        return values
+        return inverse_frequency_weights(counts, within=layout.groups, background=None).float()
     values = torch.tensor([as_float(one, "category_weights", lowest=0) for one in weights])
     if len(values) != layout.num_categories:
         raise ValueError(

@@ -172,19 +172,14 @@ def write_original_files(
         )
     counts = category_counts(data)
     layout = original_layout(counts, thresholds)
-    one = np.ones(1)
-    group_weights = [
-        np.concatenate([one, inverse_frequency_weights([counts[i] for i in group])])
-        if group
-        else one
-        for group in layout.groups
-    ]
+    within = inverse_frequency_weights(counts, within=layout.groups, background=None).numpy()
+    group_weights = [np.concatenate([np.ones(1), within[list(group)]]) for group in layout.groups]
     contents: tuple[Callable[[], bytes], ...] = (
         lambda: _torch_bytes(layout.bin_labels),
         lambda: _torch_bytes(group_columns(layout)),
         lambda: _pickle_bytes(splits_of_layout(layout)),
-        lambda: _torch_bytes(_with_background(inverse_frequency_weights(counts))),
-        lambda: _torch_bytes(_with_background(class_balanced_weights(counts))),
+        lambda: _torch_bytes(inverse_frequency_weights(counts)),
+        lambda: _torch_bytes(class_balanced_weights(counts)),
         lambda: _pickle_bytes(group_weights),
         lambda: _pickle_bytes(_images_by_label(data, counts)),
     )
@@ -313,10 +308,6 @@ def _images_by_label(data: dict[str, Any], counts: list[int]) -> dict[int, dict[
             table[label]["img_id"].append(image["id"])
         position += 1
     return table
-
-
-def _with_background(weights: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.concatenate([np.ones(1), weights]))
 
 
 def _torch_bytes(tensor: Tensor) -> bytes:

@@ -17,7 +17,7 @@ from typing import Any
 from balanced_group_softmax.counts import category_counts, category_ids, read_annotations
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from run_folder import write_text  # noqa: E402
+from run_folder import write_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
