@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from balanced_group_softmax._arguments import as_float, as_int_array, as_int_tuple
 from balanced_group_softmax.adapters.freezing import freeze_all_but
-from balanced_group_softmax.counts import category_counts, category_ids
+from balanced_group_softmax.counts import category_counts, category_ids, read_annotations
 from balanced_group_softmax.detections import select_detections
 from balanced_group_softmax.functional import grouped_softmax_loss, grouped_softmax_scores
 from balanced_group_softmax.head import BAGSHead
@@ -581,8 +581,9 @@ def _counts(
 
 @lru_cache(maxsize=4)
 def _read_counts(path: str, *_: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    # Every stage of a cascade reads it.
-    return tuple(category_ids(path)), tuple(category_counts(path))
+    # Every stage of a cascade asks for it.
+    data = read_annotations(path)
+    return tuple(category_ids(data)), tuple(category_counts(data))
 
 
 def _category_weights(
