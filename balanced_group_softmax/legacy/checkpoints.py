@@ -6,7 +6,7 @@ Names change, and rows move where mmdet 3 has background last: see `convert_to_m
 What a detector computes also depends on its geometry, in which the original counts pixels: a box
 from 10 to 12 is 3 wide. Written as (x1, y1, x2 + 1, y2 + 1) its boxes are those of today, and what
 remains are the places of anchors, how RoIs are read, and how boxes are clipped:
-`adapters.mmdet_legacy` and `adapters.torchvision_legacy`.
+`adapters.mmdet.original_geometry` and `adapters.torchvision_legacy`.
 """
 
 import os

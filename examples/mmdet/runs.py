@@ -54,7 +54,7 @@ def read_config(args: argparse.Namespace) -> Config:
     if args.cfg_options is not None:
         config.merge_from_dict(args.cfg_options)
     if args.original_geometry:
-        from balanced_group_softmax.adapters.mmdet_legacy import use_original_geometry
+        from balanced_group_softmax.adapters.mmdet.original_geometry import use_original_geometry
 
         config.model = use_original_geometry(config.model)
     config.launcher = args.launcher

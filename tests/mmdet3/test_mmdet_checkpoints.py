@@ -34,7 +34,7 @@ from original_detector import (
 )
 
 from balanced_group_softmax import GroupLayout
-from balanced_group_softmax.adapters.mmdet_legacy import use_original_geometry
+from balanced_group_softmax.adapters.mmdet.original_geometry import use_original_geometry
 from balanced_group_softmax.legacy.checkpoints import convert_to_mmdet
 
 SIZE = (128, 160)

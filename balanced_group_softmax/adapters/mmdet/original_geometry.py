@@ -11,7 +11,7 @@ here:
 And Hybrid Task Cascade takes the mean of the masks of its stages, of which mmdet 3.3 takes the
 last.
 
-    custom_imports = dict(imports=["balanced_group_softmax.adapters.mmdet_legacy"])
+    custom_imports = dict(imports=["balanced_group_softmax.adapters.mmdet.original_geometry"])
 
 registers them; `use_original_geometry` puts them in a model's config.
 """
