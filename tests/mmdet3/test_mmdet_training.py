@@ -18,7 +18,10 @@ from balanced_group_softmax import GroupLayout
 
 sys.path.insert(0, str(EXAMPLES))
 DEMO = CONFIGS / "demo"
-SOFTMAX_STEPS, BAGS_STEPS = 240, 160
+SOFTMAX_STEPS, BAGS_STEPS = 200, 120
+VAL_INSTANCES = 10  # of each category
+
+pytestmark = pytest.mark.timeout(3600)  # some four minutes on two cores that do nothing else
 
 
 def run(folder: Path, program: str, *arguments: object, processes: int = 1) -> str:
@@ -54,7 +57,10 @@ def figures(printed: str) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """A folder with data and checkpoints, and what both trainings printed."""
+    from lvis_demo_data import write_demo_data
+
     folder = tmp_path_factory.mktemp("mmdet")
+    write_demo_data(folder / "data" / "demo", val_instances=VAL_INSTANCES)
     softmax = run(
         folder, "train.py", DEMO / "faster-rcnn_demo.py", "--seed", 0, *steps(SOFTMAX_STEPS)
     )
