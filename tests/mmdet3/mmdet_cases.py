@@ -20,7 +20,7 @@ NAMES = sorted(
     for path in CONFIGS.glob("*/*.py")
     if not path.parent.name.startswith("_")
 )
-SIZE = (64, 96)
+SIZE = (96, 128)  # the deepest level is no smaller than a kernel, which mmcv wants
 
 
 def counts_for(num_categories: int) -> list[int]:
