@@ -19,9 +19,9 @@ TRAINS = {
 
 def test_there_are_configs_of_every_kind() -> None:
     assert {name.partition("/")[0] for name in NAMES} == {
-        "ablations", "bags", "baselines", "transferred"
+        "ablations", "bags", "baselines", "demo", "transferred"
     }  # fmt: skip
-    assert len(NAMES) == 49
+    assert len(NAMES) == 51
 
 
 @pytest.mark.parametrize("name", NAMES)

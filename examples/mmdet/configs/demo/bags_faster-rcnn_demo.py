@@ -4,9 +4,7 @@ _base_ = "faster-rcnn_demo.py"
 
 model = dict(
     roi_head=dict(
-        bbox_head=dict(
-            loss_cls=dict(_delete_=True, type="BAGSLoss", annotations=_base_.train_annotations)
-        )
+        bbox_head=dict(loss_cls=dict(type="BAGSLoss", annotations=_base_.train_annotations))
     )
 )
 custom_hooks = [
@@ -15,8 +13,7 @@ custom_hooks = [
 ]
 train_cfg = dict(max_iters=400, val_interval=400)
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type="SGD", lr=0.005, momentum=0.9, weight_decay=0.0001),
-    clip_grad=dict(max_norm=35, norm_type=2),
+    optimizer=dict(_delete_=True, type="SGD", lr=0.005, momentum=0.9, weight_decay=0.0001)
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=19),
