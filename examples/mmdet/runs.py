@@ -88,7 +88,16 @@ def prepare_versions() -> None:
 def _harmless() -> list[Any]:
     dtypes: list[Any] = [np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i8"))]
     multiarray = sys.modules.get("numpy._core.multiarray") or sys.modules["numpy.core.multiarray"]
-    return [HistoryBuffer, np.ndarray, multiarray._reconstruct, multiarray.scalar, *dtypes]
+    attributes = [(_statistic, f"{module}.getattr") for module in ("builtins", "__builtin__")]
+    arrays = [np.ndarray, multiarray._reconstruct, multiarray.scalar, *dtypes]
+    return [HistoryBuffer, *arrays, *attributes]
+
+
+def _statistic(owner: Any, name: str) -> Any:
+    """Stands for `getattr` in checkpoints: the methods of a HistoryBuffer and nothing else."""
+    if owner is not HistoryBuffer or name not in ("mean", "max", "min", "current"):
+        raise ValueError(f"Expected a statistic of HistoryBuffer, got {name!r} of {owner!r}")
+    return getattr(owner, name)
 
 
 def add_examples_to_path() -> None:
