@@ -25,7 +25,7 @@ class SharedEvaluation(BaseMetric):
         out: Where to write the detections: .json (LVIS results) or .pkl (the original's format).
         kinds: "bbox", "segm" or both; none only writes.
         train_annotations: For AP by count group.
-        metrics: A JSON file for the figures.
+        figures: A JSON file for the figures. (`metrics` would mean something to mmengine.)
         legacy_widths: Of .pkl files: see `results_pickle`.
     """
 
@@ -37,7 +37,7 @@ class SharedEvaluation(BaseMetric):
         out: str,
         kinds: Sequence[str] = ("bbox",),
         train_annotations: str | None = None,
-        metrics: str | None = None,
+        figures: str | None = None,
         legacy_widths: bool = True,
         **options: Any,
     ) -> None:
@@ -46,7 +46,7 @@ class SharedEvaluation(BaseMetric):
         self.out = Path(out)
         self.kinds = list(kinds)
         self.train_annotations = train_annotations
-        self.metrics = None if metrics is None else Path(metrics)
+        self.figures = None if figures is None else Path(figures)
         self.legacy_widths = legacy_widths
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
@@ -82,7 +82,7 @@ class SharedEvaluation(BaseMetric):
             data,
             training=training_or_none(self.train_annotations),
             kinds=self.kinds,
-            out=self.metrics,
+            out=self.figures,
             legacy_widths=self.legacy_widths,
             progress=False,
         )

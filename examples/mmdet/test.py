@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 out=str(args.out or Path(folder, "results.json")),
                 kinds=list(dict.fromkeys(args.eval)),
                 train_annotations=args.train_annotations,
-                metrics=args.metrics,
+                figures=args.metrics,
             )
             import shared_evaluation  # noqa: F401  # registers it
 
