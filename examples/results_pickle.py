@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import safe_pickle
 from detection_results import (
     Detections,
     Gatherer,
@@ -31,6 +30,8 @@ from detection_results import (
 )
 from mask_codes import Code, read_codes
 from tqdm import tqdm
+
+from balanced_group_softmax.legacy import safe_pickle
 
 # Protocol 3 names the place in the memo at each use, so that pickles can stand one after the other.
 _PROTOCOL = pickle.PROTO + bytes([3])

@@ -145,9 +145,11 @@ ALLOWED: dict[str, set[str]] = {
     "detections": {"_arguments"},
     "rebalance": HELPERS | {"rebalance"},
     "rebalance.repeat_factors": {"_arguments"},
-    "legacy": HELPERS | {"legacy"},
+    "legacy": HELPERS | {"legacy", "rebalance.class_weights"},
     # Each adapter uses the core and what adapters share, never another adapter.
     "adapters": CORE_MODULES | {"_arguments", "tables", "adapters.protocol", "adapters.freezing"},
+    "adapters.mmdet": CORE_MODULES
+    | {"_arguments", "adapters.freezing", "adapters.mmdet", "rebalance"},
     "adapters.protocol": set(),
     "adapters.freezing": set(),
     "cli": CORE_MODULES | {"_arguments", "tables", "rebalance", "legacy"},
@@ -157,6 +159,7 @@ ALLOWED: dict[str, set[str]] = {
 FRAMEWORKS = {
     "adapters.torchvision": {"torchvision"},
     "adapters.mmdet": {"mmdet", "mmengine", "mmcv"},
+    "adapters.torchvision_legacy": {"torchvision"},
     "adapters.detectron2": {"detectron2", "fvcore"},
     "ops.triton_kernels": {"triton"},
     "ops.triton_ops": {"triton"},

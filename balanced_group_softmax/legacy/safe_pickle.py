@@ -15,11 +15,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+_MAX_DEPTH = 16
 _NUMERIC = re.compile(r"([<>=|]?)([biuf])(1|2|4|8|16)|([?bBhHiIlLqQefd])")
 
 
 class Refused(pickle.UnpicklingError):
-    """The pickle holds what a results file does not."""
+    """The pickle holds more than data."""
 
 
 class _Callable:
@@ -179,3 +180,28 @@ def load(file: BinaryIO) -> Any:
         raise ValueError(
             f"Expected a pickle, got {reason}; the file may be truncated or something else"
         ) from None
+
+
+def load_plain(file: BinaryIO) -> Any:
+    """Read one pickle, arrays as NumPy arrays.
+
+    Raises:
+        ValueError: It is not a pickle, is truncated, holds something else, or holds itself.
+    """
+    return _plain(load(file), 0)
+
+
+def _plain(value: Any, depth: int) -> Any:
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"Expected values nested at most {_MAX_DEPTH} deep, got deeper ones")
+    if isinstance(value, Array):
+        if value.value is None:
+            raise ValueError("Expected arrays with content, got one without")
+        return value.value
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(part, depth + 1) for part in value)
+    if isinstance(value, dict):
+        return {key: _plain(part, depth + 1) for key, part in value.items()}
+    if isinstance(value, _Callable | _Type):
+        raise ValueError("Expected values, got a function or a type")
+    return value

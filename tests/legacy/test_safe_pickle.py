@@ -6,7 +6,6 @@ import io
 import os
 import pickle
 import pickletools
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-import safe_pickle
+from balanced_group_softmax.legacy import safe_pickle
 
 RESULTS = [[np.arange(10, dtype=np.float32).reshape(2, 5), np.zeros((0, 5))], (["a"], b"b", 1.5)]
 

@@ -1,0 +1,13 @@
+"""mmdet's Faster R-CNN X101-64x4d-FPN, tested as the original is."""
+
+_base_ = "faster-rcnn_r50_fpn.py"
+
+model = dict(
+    backbone=dict(
+        type="ResNeXt",
+        depth=101,
+        groups=64,
+        base_width=4,
+        init_cfg=dict(type="Pretrained", checkpoint="open-mmlab://resnext101_64x4d"),
+    ),
+)

@@ -1,0 +1,65 @@
+r"""Train with mmdet's own runner.
+
+    python examples/mmdet/train.py examples/mmdet/configs/bags/CONFIG.py
+    torchrun --nproc-per-node 8 examples/mmdet/train.py CONFIG.py --launcher pytorch
+
+BAGS starts from a trained detector: `load_from` in the config, or `--load-from`. On the data set
+that the examples draw, without any download:
+
+    python examples/mmdet/train.py examples/mmdet/configs/demo/faster-rcnn_demo.py
+    python examples/mmdet/train.py examples/mmdet/configs/demo/bags_faster-rcnn_demo.py
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.runner import Runner
+from runs import add_examples_to_path, parser, prepare_versions, read_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    try:
+        config = read_config(args)
+        if args.load_from is not None:
+            config.load_from = str(args.load_from)
+        config.resume = args.resume
+        if args.amp:
+            config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+        if args.seed is not None:
+            config.randomness = dict(seed=args.seed)
+        if args.config.parent.name == "demo":
+            draw_demo_data(Path(config.data_root))
+        prepare_versions()
+        runner = Runner.from_cfg(config)
+        runner.train()
+    except (OSError, TypeError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def draw_demo_data(folder: Path) -> None:
+    """Draw the data set of the examples where it is missing."""
+    if folder.exists():
+        return
+    add_examples_to_path()
+    from lvis_demo_data import write_demo_data
+
+    write_demo_data(folder)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    made = parser(__doc__)
+    add = made.add_argument
+    add("--load-from", type=Path, metavar="FILE", help="checkpoint to start from")
+    add("--resume", action="store_true", help="go on from the last checkpoint of the work dir")
+    add("--amp", action="store_true", help="mixed precision")
+    add("--seed", type=int, help="of weights, data and samplers (default: a random one)")
+    return made.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
