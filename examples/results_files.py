@@ -1,7 +1,7 @@
 """Files of detections: which format a name stands for, and shards of several processes.
 
-One process writes with :func:`open_writer`. In a distributed evaluation each rank writes the images
-`shard_indices` of the annotation file with :class:`ShardWriter`; when all are done, rank 0 calls
+One process writes with :func:`open_writer`. In a distributed evaluation each rank writes its images,
+in the order of the annotation file, with :class:`ShardWriter`; when all are done, rank 0 calls
 :func:`merge_shards`, and the file is byte for byte the one that a single process would write.
 """
 
@@ -81,26 +81,20 @@ def read_results(
 # --- shards --------------------------------------------------------------------------------------
 
 
-def shard_indices(num_images: int, rank: int, world_size: int) -> range:
-    """Return the images of one rank: each image once, none twice to even out the ranks.
-
-    Example:
-        >>> [list(shard_indices(5, rank, 2)) for rank in range(2)]
-        [[0, 2, 4], [1, 3]]
-    """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"Expected `rank` in [0, {world_size}), got {rank}")
-    return range(rank, num_images, world_size)
-
-
 def shard_path(folder: Path, rank: int, world_size: int) -> Path:
     return folder / f"shard-{rank}-of-{world_size}.jsonl"
 
 
 class ShardWriter(ResultsWriter):
-    """Writes the detections of one rank, an image to a line, images without any included."""
+    """Writes the detections of one rank, an image to a line, images without any included.
+
+    Raises:
+        ValueError: There is no such rank.
+    """
 
     def __init__(self, folder: Path, rank: int, world_size: int) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"Expected `rank` in [0, {world_size}), got {rank}")
         super().__init__(shard_path(folder, rank, world_size))
 
     def _write(self, image: ImageDetections) -> None:

@@ -31,7 +31,6 @@ from results_files import (
     merge_shards,
     open_writer,
     read_results,
-    shard_indices,
     shard_path,
 )
 
@@ -441,7 +440,7 @@ def test_a_block_that_fails_leaves_an_older_file_as_it_was(tmp_path):
 def write_shards(folder: Path, images: list[ImageDetections], world_size: int) -> None:
     for rank in range(world_size):
         with ShardWriter(folder, rank, world_size) as writer:
-            for i in shard_indices(len(images), rank, world_size):
+            for i in range(rank, len(images), world_size):
                 writer.append(images[i])
 
 
@@ -505,6 +504,6 @@ def test_images_out_of_order_in_a_shard(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [-1, 2])
-def test_a_rank_that_does_not_exist(rank):
+def test_a_rank_that_does_not_exist(tmp_path, rank):
     with pytest.raises(ValueError, match=rf"`rank` in \[0, 2\), got {rank}"):
-        shard_indices(5, rank, 2)
+        ShardWriter(tmp_path, rank, 2)
