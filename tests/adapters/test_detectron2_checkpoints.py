@@ -174,7 +174,7 @@ def test_a_classifier_of_other_features_fails(tmp_path: Path) -> None:
 
 
 def test_category_ids_that_one_side_does_not_know_are_no_difference(tmp_path: Path) -> None:
-    unknown = replace(category_ids=None)
+    unknown = replace(LAYOUT, category_ids=None)
     model = with_layout(tmp_path, unknown)
     path = save(model, tmp_path / "unknown")
     again = small_model(tmp_path)
