@@ -3,7 +3,6 @@
 detectron2's `LVISEvaluator` needs what numpy 2 no longer has, and is slower.
 """
 
-import json
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -22,10 +21,10 @@ from balanced_group_softmax.counts import category_ids
 # After detectron2 was found: this folder's parent has a folder of the same name.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from detection_results import Gatherer, ImageDetections, check_image  # noqa: E402
-from evaluation_report import read_training, report  # noqa: E402
-from mask_codes import Code  # noqa: E402
-from results_json import JsonWriter  # noqa: E402
+from detection_results import Gatherer, ImageDetections, check_image
+from evaluation_report import read_training, report
+from mask_codes import Code
+from results_json import JsonWriter
 
 
 class LVISReport(DatasetEvaluator):
@@ -51,7 +50,9 @@ class LVISReport(DatasetEvaluator):
         method: str = "fast",
     ) -> None:
         self.annotations = annotations_of(dataset_name)
-        self.train_annotations = train_dataset_name and annotations_of(train_dataset_name)
+        self.train_annotations = (
+            None if train_dataset_name is None else annotations_of(train_dataset_name)
+        )
         self.kinds = tuple(kinds)
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.method = method
@@ -81,13 +82,16 @@ class LVISReport(DatasetEvaluator):
             with JsonWriter(self.output_dir / "results.json") as writer:
                 for image in images.values():
                     writer.append(image)
+        training = None
+        if self.train_annotations is not None:
+            training = read_training(self.train_annotations)
         metrics = report(
             gatherer.finish(),
             self.annotations,
-            training=self.train_annotations and read_training(self.train_annotations),
+            training=training,
             kinds=self.kinds,
             method=self.method,
-            out=self.output_dir and self.output_dir / "metrics.json",
+            out=None if self.output_dir is None else self.output_dir / "metrics.json",
             progress=False,
         )
         return OrderedDict((kind, as_numbers(figures)) for kind, figures in metrics.items())
@@ -110,7 +114,7 @@ def as_detections(
         masks = []
         for mask in found.pred_masks:
             code = coco_mask.encode(np.asfortranarray(mask.numpy(), np.uint8))
-            masks.append(Code(*mask.shape, code["counts"]))
+            masks.append(Code(mask.shape[0], mask.shape[1], code["counts"]))
     boxes = found.pred_boxes.tensor.to(torch.float64)
     return ImageDetections(
         image_id,
@@ -124,8 +128,3 @@ def as_detections(
 def as_numbers(figures: Mapping[str, float | None]) -> dict[str, float]:
     """Return figures as detectron2 writes them: NaN where there is nothing to measure."""
     return {name: float("nan") if value is None else value for name, value in figures.items()}
-
-
-def last_metrics(output_dir: str | Path) -> Any:
-    """Read the metrics that were written last."""
-    return json.loads(Path(output_dir, "metrics.json").read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from torch import Tensor
 # After detectron2 was found: this folder's parent has a folder of the same name.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import small_detector  # noqa: E402
+import small_detector
 
 STRIDES = {"p2": 4, "p3": 8, "p4": 16}
 

@@ -3,6 +3,8 @@
 docs/detectron2.md has the command; the data sets are `demo_train` and `demo_val`.
 """
 
+from typing import Any
+
 import detectron2.data.transforms as T
 import torch
 from detectron2.config import LazyCall as L
@@ -119,7 +121,7 @@ lr_multiplier = L(WarmupParamScheduler)(
     warmup_length=19 / STEPS,
 )
 
-train = {
+train: Any = {
     "output_dir": "runs/detectron2_softmax",
     "init_checkpoint": "",
     "max_iter": STEPS,

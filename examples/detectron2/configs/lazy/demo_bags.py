@@ -10,13 +10,13 @@ from detectron2_data import annotations_of
 
 from balanced_group_softmax.adapters.detectron2 import BAGSFastRCNNOutputLayers
 
-from .demo import dataloader, lr_multiplier, model, train
+from .demo import lr_multiplier, model, train
 
 STEPS = 400
 
 model.roi_heads.box_predictor.update(
     _target_=BAGSFastRCNNOutputLayers,
-    annotations=L(annotations_of)(name="${.....dataloader.train.dataset.names}"),
+    annotations=L(annotations_of)(name="${dataloader.train.dataset.names}"),
 )
 # The original's 0.01 for 16 images.
 optimizer = L(torch.optim.SGD)(
