@@ -126,19 +126,22 @@ def test_lazy(name: str) -> None:
     cfg.dataloader.train.mapper.augmentations[0].short_edge_length = (SIDE,)
     cfg.dataloader.train.update(total_batch_size=2, num_workers=0)
     cfg.model.proposal_generator.post_nms_topk = (20, 20)
+    assert cfg.optimizer.lr == (0.01 if "bags" in name else 0.02)
+    cfg.optimizer.lr *= cfg.lr_multiplier.warmup_factor / 100
     model = instantiate(cfg.model)
     freeze(model, cfg.train.trainable)
     cfg.optimizer.params.model = model
     trainer = SimpleTrainer(model, instantiate(cfg.dataloader.train), instantiate(cfg.optimizer))
     check(trainer, name, mask="mask" in name)
     assert ("sampler" in cfg.dataloader.train) == ("_rfs" in name)
-    assert cfg.optimizer.lr == (0.01 if "bags" in name else 0.02)
     assert ("segm" in instantiate(cfg.dataloader.evaluator).kinds) == ("mask" in name)
 
 
 def check(trainer: SimpleTrainer, name: str, *, mask: bool) -> None:
     """A step of training, and a prediction."""
     model: Any = trainer.model.train()
+    with torch.no_grad():  # untrained and with frozen normalisation, pixels would saturate it
+        model.backbone.bottom_up.stem.conv1.weight.mul_(1e-3)
     trainer.iter = 0
     with EventStorage() as storage:
         trainer.run_step()
@@ -165,11 +168,12 @@ def check(trainer: SimpleTrainer, name: str, *, mask: bool) -> None:
     found = model.roi_heads.box_predictor
     for predictor in found if isinstance(found, nn.ModuleList) else [found]:
         predictor.test_score_thresh = 0.0  # untrained, all scores are about 1 / C
+        predictor.test_topk_per_image = 5  # masks of 1203 categories are large
     model.eval()
     image = {"image": torch.rand(3, SIDE, SIDE) * 255, "height": SIDE, "width": SIDE}
     with torch.no_grad():
         detections = model([image])[0]["instances"]
-    assert 0 < len(detections) <= 300
+    assert 0 < len(detections) <= 5
     assert detections.has("pred_masks") == mask
 
 

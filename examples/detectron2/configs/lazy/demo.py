@@ -109,7 +109,7 @@ dataloader.test = L(build_detection_test_loader)(
 dataloader.evaluator = L(LVISReport)(
     dataset_name="${..test.dataset.names}",
     train_dataset_name="${..train.dataset.names}",
-    output_dir="${...train.output_dir}",
+    output_dir="${train.output_dir}/inference",
 )
 
 optimizer = L(torch.optim.AdamW)(

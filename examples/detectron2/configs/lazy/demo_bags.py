@@ -10,7 +10,7 @@ from detectron2_data import annotations_of
 
 from balanced_group_softmax.adapters.detectron2 import BAGSFastRCNNOutputLayers
 
-from .demo import lr_multiplier, model, train
+from .demo import dataloader, lr_multiplier, model, train
 
 STEPS = 400
 

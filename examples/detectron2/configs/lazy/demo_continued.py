@@ -2,7 +2,7 @@
 
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 
-from .demo_bags import model, train
+from .demo_bags import dataloader, lr_multiplier, model, optimizer, train
 
 del model.roi_heads.box_predictor.annotations
 model.roi_heads.box_predictor._target_ = FastRCNNOutputLayers

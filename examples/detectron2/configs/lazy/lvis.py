@@ -104,7 +104,7 @@ def make_dataloader(version: str, *, with_masks: bool) -> Any:
         dataset_name="${..test.dataset.names}",
         train_dataset_name="${..train.dataset.names}",
         kinds=["bbox", "segm"] if with_masks else ["bbox"],
-        output_dir="${...train.output_dir}",
+        output_dir="${train.output_dir}/inference",
     )
     return dataloader
 
