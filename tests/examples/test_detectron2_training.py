@@ -106,9 +106,7 @@ def test_yaml_from_softmax_to_bags_resumed_and_evaluated(few: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_lazyconfig_from_softmax_to_bags(
-    few: Path, tmp_path: Path, processes: int
-) -> None:
+def test_lazyconfig_from_softmax_to_bags(few: Path, tmp_path: Path, processes: int) -> None:
     small = ["model.roi_heads.num_classes=3", "dataloader.train.total_batch_size=2"]
     more = ["--num-gpus", str(processes), "--dist-url", "auto"]
     if processes > 1:
