@@ -133,6 +133,16 @@ ALLOWED: dict[str, set[str]] = {
     "legacy": HELPERS | {"legacy"},
     # Each adapter uses the core and what adapters share, never another adapter.
     "adapters": CORE_MODULES | {"_arguments", "tables", "adapters.protocol", "adapters.freezing"},
+    "adapters.detectron2": {
+        *("_arguments", "counts", "detections", "head", "layout"),
+        *("adapters.protocol", "adapters.freezing"),
+        *("adapters.detectron2_layouts", "adapters.detectron2_predictors"),
+    },
+    "adapters.detectron2_layouts": {"_arguments", "counts", "layout"},
+    "adapters.detectron2_predictors": {
+        *("detections", "head", "layout"),
+        *("adapters.protocol", "adapters.detectron2_layouts"),
+    },
     "adapters.protocol": set(),
     "adapters.freezing": set(),
     "cli": CORE_MODULES | {"_arguments", "tables", "rebalance", "legacy"},
@@ -142,7 +152,9 @@ ALLOWED: dict[str, set[str]] = {
 FRAMEWORKS = {
     "adapters.torchvision": {"torchvision"},
     "adapters.mmdet": {"mmdet", "mmengine", "mmcv"},
-    "adapters.detectron2": {"detectron2", "fvcore"},
+    "adapters.detectron2": {"detectron2"},
+    "adapters.detectron2_layouts": {"detectron2"},
+    "adapters.detectron2_predictors": {"detectron2"},
     "ops.triton_kernels": {"triton"},
     "ops.triton_ops": {"triton"},
 }

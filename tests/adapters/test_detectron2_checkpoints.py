@@ -1,5 +1,6 @@
 """Checkpoints of the detectron2 adapter, written and read by detectron2's own checkpointer."""
 
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -195,3 +196,14 @@ def test_a_layout_cannot_be_read_from_a_softmax_checkpoint(tmp_path: Path) -> No
     path = save(small_model(tmp_path, bags=False), tmp_path / "softmax")
     with pytest.raises(ValueError, match=r"model_final\.pth: .*found none"):
         read_layout(path)
+
+
+def test_a_softmax_classifier_of_the_model_zoo_is_converted(tmp_path: Path) -> None:
+    softmax = small_model(tmp_path, bags=False)
+    arrays = {name: value.numpy() for name, value in softmax.state_dict().items()}
+    path = tmp_path / "model_final.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "somebody"}))
+    model = small_model(tmp_path)
+    load(model, path)
+    expected = BAGSHead.from_linear(softmax.roi_heads.box_predictor.cls_score, LAYOUT).fc.weight
+    assert torch.equal(model.roi_heads.box_predictor.cls_score.fc.weight, expected)
