@@ -20,6 +20,7 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.engine import SimpleTrainer
+from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -34,6 +35,7 @@ from balanced_group_softmax.adapters.detectron2 import freeze  # noqa: E402
 
 YAML = sorted(path.name for path in (FOLDER / "configs").glob("*.yaml"))
 LAZY = sorted(path.name for path in (FOLDER / "configs/lazy").glob("*_v*.py"))
+DETECTORS = ("faster_rcnn_r50", "faster_rcnn_x101", "mask_rcnn_r50", "cascade_mask_rcnn_r50")
 NUM_CATEGORIES = {"v0.5": 1230, "v1": 1203}
 SIDE = 64
 
@@ -92,8 +94,7 @@ def version_of(name: str) -> str:
 
 
 def test_there_is_a_config_of_each_kind() -> None:
-    detectors = ("faster_rcnn_r50", "faster_rcnn_x101", "mask_rcnn_r50", "cascade_mask_rcnn_r50")
-    for detector in detectors:
+    for detector in DETECTORS:
         for stage in ("", "_bags"):
             assert {f"{detector}_lvis_{v}{stage}.yaml" for v in ("v0.5", "v1")} <= set(YAML)
             assert {f"{detector}_{v}{stage}.py" for v in ("v05", "v1")} <= set(LAZY)
@@ -135,6 +136,20 @@ def test_lazy(name: str) -> None:
     check(trainer, name, mask="mask" in name)
     assert ("sampler" in cfg.dataloader.train) == ("_rfs" in name)
     assert ("segm" in instantiate(cfg.dataloader.evaluator).kinds) == ("mask" in name)
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_yaml_and_lazy_are_the_same_detector(detector: str) -> None:
+    path = FOLDER / "configs" / f"{detector}_lvis_v1_bags.yaml"
+    from_yaml = build_model(train_net.make_config(str(path), SMALL))
+    path = FOLDER / "configs/lazy" / f"{detector}_v1_bags.py"
+    from_lazy = instantiate(LazyConfig.load(str(path)).model)
+
+    def facts(model: nn.Module) -> dict[str, Any]:
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        return shapes | {f"{k} trains": p.requires_grad for k, p in model.named_parameters()}
+
+    assert facts(from_yaml) == facts(from_lazy)
 
 
 def check(trainer: SimpleTrainer, name: str, *, mask: bool) -> None:

@@ -6,6 +6,7 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.model_zoo import get_config
+from detectron2.modeling.backbone.resnet import BottleneckBlock, ResNet
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
 from detectron2_data import annotations_of
@@ -87,10 +88,26 @@ def make_model(detector: str, version: str) -> Any:
             del heads[key]
     if "x101" in detector:
         model.pixel_std = [57.375, 57.12, 58.395]
-        model.backbone.bottom_up.stages.update(
-            depth=101, num_groups=32, width_per_group=8, stride_in_1x1=False
-        )
+        model.backbone.bottom_up.stages = resnext101_stages()
+    model.backbone.bottom_up.freeze_at = 2  # as in the YAML configs
     return model
+
+
+def resnext101_stages(num_groups: int = 32, width_per_group: int = 8) -> list[Any]:
+    return [
+        L(ResNet.make_stage)(
+            block_class=BottleneckBlock,
+            num_blocks=blocks,
+            stride_per_block=[1 if stage == 0 else 2] + [1] * (blocks - 1),
+            in_channels=64 if stage == 0 else 128 * 2**stage,
+            out_channels=256 * 2**stage,
+            bottleneck_channels=num_groups * width_per_group * 2**stage,
+            num_groups=num_groups,
+            stride_in_1x1=False,
+            norm="FrozenBN",
+        )
+        for stage, blocks in enumerate([3, 4, 23, 3])
+    ]
 
 
 def make_dataloader(version: str, *, with_masks: bool) -> Any:
