@@ -37,6 +37,8 @@ else:
 
 STAGES = ("softmax", "bags")
 """Stage one, the whole detector with plain softmax; stage two, from there."""
+STAGE_DEFAULTS: dict[str, dict[str, Any]] = {"softmax": {}, "bags": {"learning_rate": 0.01}}
+"""Where they are not those of `Recipe`."""
 REFERENCE_BATCH = 16
 """Images a step that learning rates are stated for, as in the original's schedules."""
 
@@ -56,19 +58,24 @@ def option(
 
 @dataclass(frozen=True)
 class Recipe:
-    """The options of one stage. Defaults are those of the paper's Faster R-CNN."""
+    """The options of one stage. Defaults are those of the paper's Faster R-CNN, stage one."""
 
     # The detector.
     detector: Literal["faster_rcnn", "mask_rcnn"] = option("faster_rcnn", "kind of detector")
     backbone: str = option("resnet50", "small, or a ResNet of torchvision such as resnext101_64x4d")
     weights: Literal["none", "imagenet", "coco"] = option(
-        "none", "of the start, downloaded by torchvision: of the backbone, or of a detector"
+        "none",
+        "that stage one starts from, downloaded by torchvision: of the backbone, or of a detector; "
+        "stage two starts from stage one",
     )
     norm: Literal["frozen", "batch"] = option(
         "frozen", "normalisation of a ResNet: with fixed statistics, or with those of the batch"
     )
     trainable_layers: int = option(
-        3, "stages of a ResNet that train, from the last one on", least=0, most=5
+        3,
+        "stages of a ResNet that train, from the last one on; in stage two with `train` all only",
+        least=0,
+        most=5,
     )
     box_regression: Literal["category", "shared"] = option(
         "category", "deltas for each category, or for all the same"
@@ -85,11 +92,16 @@ class Recipe:
 
     # Stage two.
     train: Literal["classifier", "box_head", "box_and_mask_heads", "all"] = option(
-        "all", "which part trains"
+        "classifier", "stage two only: which part trains; stage one trains the whole detector"
     )
-    others_ratio: float = option(8.0, "others for each foreground RoI of a group", least=0)
+    others_ratio: float = option(
+        8.0, "stage two only, with BAGS: others for each foreground RoI of a group", least=0
+    )
     thresholds: tuple[int, ...] = option(
-        (10, 100, 1000), "training instances at which the next group begins", least=1
+        (10, 100, 1000),
+        "stage two only: training instances at which the next group begins; these groups are in "
+        "the tables of both stages",
+        least=1,
     )
 
     # Steps.
@@ -98,7 +110,11 @@ class Recipe:
     epochs: float = option(12.0, "times through the training images", above=0)
     steps: int = option(0, "steps in place of epochs, if not 0", least=0)
     optimizer: Literal["sgd", "adamw"] = option("sgd", "how weights move")
-    learning_rate: float = option(0.02, "for 16 images a step; scaled to what there are", above=0)
+    learning_rate: float = option(
+        0.02,
+        "for 16 images a step; scaled to what there are. In stage two the default is 0.01",
+        above=0,
+    )
     scale_learning_rate: bool = option(True, "scale it to the images of a step")
     momentum: float = option(0.9, "of SGD", least=0, most=1)
     weight_decay: float = option(1e-4, "of every weight", least=0)
@@ -255,7 +271,7 @@ def recipes_of(*sources: Mapping[str, Mapping[str, Any]]) -> dict[str, Recipe]:
     """Return the recipe of each stage; later sources win, and a stage's own option wins in each."""
     made = {}
     for stage in STAGES:
-        values: dict[str, Any] = {}
+        values: dict[str, Any] = dict(STAGE_DEFAULTS[stage])
         for source in sources:
             for table in ("", stage):
                 own = source.get(table, {})

@@ -62,7 +62,7 @@ class Setting:
     """What the first training starts from."""
     cache: Path | None = None
     """Where stage two keeps the features that it trains from; None to run the detector."""
-    cache_draws: int = 1
+    cache_draws: int = 2
 
     def recipe(self, name: str) -> Recipe:
         """Return the recipe of a training."""

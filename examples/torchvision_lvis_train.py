@@ -120,8 +120,18 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
     recipes = recipes_of(*options)
     in_stage_two = args.stage in ("continued", "bags")
     start = Checkpoint.load(args.checkpoint) if in_stage_two else None
+    if start is not None and not args.config and start.recipe.backbone != "small":
+        raise ValueError(
+            f"Expected `--config` with a detector of backbone {start.recipe.backbone}, got none: "
+            "the default is the demo's, for small images"
+        )
     files = named_files(args.annotations, args.images, args.val_annotations, args.val_images)
     if files is None:
+        if start is not None and start.origin["seed"] != args.seed and distributed.is_first():
+            print(
+                f"Drawing other images than {args.checkpoint} was trained on: its --seed was "
+                f"{start.origin['seed']}"
+            )
         files = distributed.first_does(lambda: draw_demo_data(args, folder))
     elif not args.val_annotations and distributed.is_first():
         print("No --val-annotations: evaluating on the training images.")
@@ -133,7 +143,8 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
         progress=distributed.is_first(),
     )
     if start is not None:
-        given = {name for source in options for table in source.values() for name in table}
+        asked = options if args.config else options[1:]  # nobody asked for the demo's detector
+        given = {name for source in asked for table in source.values() for name in table}
         start, recipes["bags"] = start_of_stage_two(
             args.checkpoint, start, data, recipes["bags"], given & FIELDS.keys()
         )
@@ -160,6 +171,11 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
             report_epoch(setting, name, model, epoch) if epoch % args.evaluate_every == 0 else None
         )
     if distributed.is_first():
+        if args.annotations and not args.config and start is None:
+            print(
+                "No --config: training the demo's small detector; those of the paper are in "
+                f"{DEMO.parent}"
+            )
         if not (args.resume and (folder / EFFECTIVE).exists()):
             write_text(folder / EFFECTIVE, run_toml(recipes, run_options(args)))
         groups = ", ".join(f"{name}: {len(ids)}" for name, ids in groups_of(setting).items())
@@ -328,10 +344,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--cache-draws",
         type=whole(1),
-        default=1,
+        default=2,
         metavar="N",
         help="times that the detector runs over the data for it, with other flips and RoIs "
-        "(default: 1)",
+        "(default: 2)",
     )
     add("--tensorboard", action="store_true", help="log losses for TensorBoard")
     add_options(parser)

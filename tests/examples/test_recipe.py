@@ -137,3 +137,10 @@ def test_no_step_has_more_than_the_learning_rate(steps: int, warm: int, schedule
     one = Recipe(warmup_steps=warm, schedule=schedule)  # type: ignore[arg-type]
     for step in range(steps):
         assert 0 < learning_rate_factor(one, step, steps) <= 1
+
+
+def test_learning_rates_of_the_stages_are_the_originals() -> None:
+    rates = [made.learning_rate for made in recipes_of().values()]
+    assert rates == [0.02, 0.01]
+    rates = [made.learning_rate for made in recipes_of({"": {"learning_rate": 0.5}}).values()]
+    assert rates == [0.5, 0.5]

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import dataclasses
 import json
 import shutil
 import sys
@@ -207,6 +208,27 @@ def test_images_that_cannot_be_read_are_passed_and_listed(few: Path, tmp_path: P
     assert example.main(again) == 0
     lines = (tmp_path / "again" / "broken_images.txt").read_text().splitlines()
     assert [line.partition(": ")[0] for line in lines] == [str(path) for path in bad]
+
+
+def test_the_checkpoint_says_the_kind_of_detector(few: Path, tmp_path: Path) -> None:
+    """The demo's recipe, which nobody named, says Faster R-CNN."""
+    run(few, tmp_path / "one", "--detector", "mask_rcnn")
+    start = ["--checkpoint", str(tmp_path / "one" / "softmax.pt")]
+    assert run(few, tmp_path / "two", *start, stage="bags")["segm_AP"] is not None
+
+
+def test_a_large_detector_is_not_trained_by_the_recipe_of_the_demo(
+    few: Path, tmp_path: Path, capsys: Any
+) -> None:
+    run(few, tmp_path / "one")
+    found = Checkpoint.load(tmp_path / "one" / "softmax.pt")
+    found.recipe = dataclasses.replace(found.recipe, backbone="resnet50")
+    found.save(tmp_path / "large.pt")
+    arguments = [*data_arguments(few), *SHORT, "--stage", "bags"]
+    arguments += ["--checkpoint", str(tmp_path / "large.pt"), "--output", str(tmp_path / "two")]
+    assert example.main(arguments) == 2
+    assert "Expected `--config` with a detector of backbone resnet50" in capsys.readouterr().err
+    assert not (tmp_path / "two").exists()
 
 
 def test_stage_two_follows_its_own_recipe(few: Path, tmp_path: Path) -> None:
