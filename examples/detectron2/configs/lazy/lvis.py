@@ -137,4 +137,4 @@ def repeat_factor_sampler(threshold: float) -> Any:
 
 
 def output_dir(detector: str, version: str) -> str:
-    return f"output/lazy_{detector}_{version}"
+    return f"runs/lazy_{detector}_{version}"
