@@ -14,7 +14,7 @@ import torch
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils import comm
-from detectron2_data import annotations_of
+from detectron2_setup import annotations_of
 
 from balanced_group_softmax.counts import category_ids
 

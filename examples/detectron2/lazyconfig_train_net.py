@@ -3,9 +3,9 @@ r"""Train and evaluate a detector of detectron2 by a LazyConfig, softmax or Bala
     python examples/detectron2/lazyconfig_train_net.py --num-gpus 8 \
         --config-file examples/detectron2/configs/lazy/mask_rcnn_r50_v1.py
     python examples/detectron2/lazyconfig_train_net.py --num-gpus 8 \
-        --config-file examples/detectron2/configs/lazy/mask_rcnn_r50_v1_bags.py \
-        train.init_checkpoint=output/model_final.pth train.output_dir=output_bags
+        --config-file examples/detectron2/configs/lazy/mask_rcnn_r50_v1_bags.py
 
+The second starts from the first one's checkpoint and trains nothing but the classifier.
 Beyond detectron2's own keys, `train.trainable` says what trains (see `freeze`). With --resume a run
 goes on from its last checkpoint. docs/detectron2.md tells the whole way.
 """
@@ -27,7 +27,7 @@ from detectron2.engine import (
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2_data import add_data_arguments, register_datasets
+from detectron2_setup import add_data_arguments, register_datasets, show_messages
 from torch import nn
 
 from balanced_group_softmax.adapters.detectron2 import freeze
@@ -80,6 +80,7 @@ def main(args: argparse.Namespace) -> Any:
     register_datasets(args.dataset)
     cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
     default_setup(cfg, args)
+    show_messages(cfg.train.output_dir)
     if not args.eval_only:
         return train(cfg, resume=args.resume)
     model = create_ddp_model(instantiate(cfg.model).to(cfg.train.device))

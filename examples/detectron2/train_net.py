@@ -18,8 +18,8 @@ from typing import Any
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
-from detectron2_data import add_data_arguments, annotations_of, register_datasets
 from detectron2_evaluation import LVISReport
+from detectron2_setup import add_data_arguments, annotations_of, register_datasets, show_messages
 from torch import nn
 
 from balanced_group_softmax.adapters.detectron2 import add_bags_config, freeze
@@ -62,6 +62,7 @@ def main(args: argparse.Namespace) -> Any:
     register_datasets(args.dataset)
     cfg = make_config(args.config_file, args.opts)
     default_setup(cfg, args)
+    show_messages(cfg.OUTPUT_DIR)
     if not args.eval_only:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)

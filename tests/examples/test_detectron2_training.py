@@ -22,8 +22,8 @@ FOLDER = EXAMPLES / "detectron2"
 sys.path.append(str(EXAMPLES))
 sys.path.insert(0, str(FOLDER))
 
-import detectron2_data  # noqa: E402
 import detectron2_evaluation  # noqa: E402
+import detectron2_setup  # noqa: E402
 
 from balanced_group_softmax import GroupLayout  # noqa: E402
 
@@ -82,7 +82,8 @@ def test_yaml_from_softmax_to_bags_resumed_and_evaluated(few: Path, tmp_path: Pa
     train("faster_rcnn_r50_lvis_v1.yaml", *plain)
     start = ("MODEL.WEIGHTS", str(softmax / "model_final.pth"), "OUTPUT_DIR", str(bags))
     name = "faster_rcnn_r50_lvis_v1_bags.yaml"
-    train(name, *start, "SOLVER.MAX_ITER", "2")
+    text = train(name, *start, "SOLVER.MAX_ITER", "2")
+    assert "cls_score.* starts from the checkpoint's softmax classifier" in text
     before = checkpoint(softmax)["model"]
     after = checkpoint(bags)["model"]
     kept = [key for key in before if "cls_score" not in key]
@@ -157,7 +158,7 @@ def truth_as_outputs(path: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
 @pytest.fixture
 def registered(few: Path) -> Path:
     datasets = [(f"{s}_{few}", str(few / f"{s}.json"), str(few / s)) for s in ("train", "val")]
-    detectron2_data.register_datasets(datasets)
+    detectron2_setup.register_datasets(datasets)
     return few
 
 

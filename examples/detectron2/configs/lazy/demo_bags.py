@@ -6,7 +6,7 @@ Give stage one's checkpoint as `train.init_checkpoint`.
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.solver.build import get_default_optimizer_params
-from detectron2_data import annotations_of
+from detectron2_setup import annotations_of
 
 from balanced_group_softmax.adapters.detectron2 import BAGSFastRCNNOutputLayers
 

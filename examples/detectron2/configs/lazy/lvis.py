@@ -9,8 +9,8 @@ from detectron2.model_zoo import get_config
 from detectron2.modeling.backbone.resnet import BottleneckBlock, ResNet
 from detectron2.solver import WarmupParamScheduler
 from detectron2.solver.build import get_default_optimizer_params
-from detectron2_data import annotations_of
 from detectron2_evaluation import LVISReport
+from detectron2_setup import annotations_of
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from balanced_group_softmax.adapters.detectron2 import (

@@ -1,10 +1,12 @@
-"""Data sets of detectron2: registering one's own, and finding their annotation files."""
+"""What both training entries share: data sets of one's own, and the log."""
 
 import argparse
 from collections.abc import Sequence
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,3 +51,8 @@ def annotations_of(name: str) -> str:
             "--dataset NAME JSON IMAGES"
         )
     return str(path)
+
+
+def show_messages(output_dir: str) -> None:
+    """Log what the adapter has to say, as detectron2 does with its own messages."""
+    setup_logger(output_dir, distributed_rank=comm.get_rank(), name="balanced_group_softmax")
