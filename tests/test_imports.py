@@ -55,6 +55,21 @@ bgs.sample_others(labels, layout)
 scores = head.scores(logits.detach())
 from balanced_group_softmax.rebalance.repeat_factors import RepeatFactorSampler
 list(RepeatFactorSampler([1.0, 2.5]))
+from balanced_group_softmax.rebalance import (
+    class_weights, eql_v2, federated, focal, logit_adjustment, nearest_class_mean, seesaw, softmax,
+    tail_subset, tau_norm, tau_norm_select,
+)
+weights = class_weights.inverse_frequency_weights(counts)
+for method, settings in (
+    (softmax.SoftmaxClassifier, dict(class_weights=weights)),
+    (focal.FocalClassifier, {}),
+    (logit_adjustment.LogitAdjustedClassifier, dict(counts=counts)),
+    (seesaw.SeesawClassifier, {}),
+    (eql_v2.EQLv2Classifier, {}),
+    (federated.FederatedClassifier, dict(counts=counts)),
+):
+    other = method(4, 5, **settings)
+    other.loss(other(torch.randn(6, 4)), labels).backward()
 """
 
 
