@@ -1,8 +1,8 @@
 """Files of detections: which format a name stands for, and shards of several processes.
 
 One process writes with :func:`open_writer`. In a distributed evaluation each rank writes its
-images, in the order of the annotation file, with :class:`ShardWriter`; when all are done, rank 0 calls
-:func:`merge_shards`, and the file is byte for byte the one that a single process would write.
+images, in the order of the annotation file, with :class:`ShardWriter`; when all are done, rank 0
+calls :func:`merge_shards`, and the file is byte for byte the one that a single process would write.
 """
 
 import heapq

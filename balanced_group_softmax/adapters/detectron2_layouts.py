@@ -1,0 +1,122 @@
+"""Where the groups of a detectron2 detector come from, and their fingerprint in checkpoints."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.utils.file_io import PathManager
+from torch import Tensor
+
+from balanced_group_softmax._arguments import as_int_tuple
+from balanced_group_softmax.counts import category_counts, category_ids
+from balanced_group_softmax.layout import GroupLayout
+
+__all__ = ["fingerprint", "read_layout", "same_category_ids", "same_groups", "training_annotations"]
+
+_CHECKPOINTS = (".pth", ".pt")
+_DIGEST = hashlib.sha256().digest_size
+
+
+def read_layout(
+    layout: GroupLayout | str | os.PathLike[str] | None = None,
+    annotations: str | os.PathLike[str] | None = None,
+    thresholds: Sequence[int] = (10, 100, 1000),
+) -> GroupLayout:
+    """Return the groups in detectron2's label convention, background last.
+
+    The arguments are those of `BAGSFastRCNNOutputLayers`, exactly one of the first two.
+
+    Raises:
+        OSError: a file cannot be read.
+        TypeError: an argument is of the wrong type.
+        ValueError: none or both are given, or what a file holds is not valid.
+    """
+    if (layout is None) == (annotations is None):
+        raise ValueError(
+            "Expected exactly one of `layout` and `annotations` (MODEL.BAGS.LAYOUT, "
+            f"MODEL.BAGS.ANNOTATIONS), got {'none' if layout is None else 'both'}"
+        )
+    if annotations is not None:
+        path = PathManager.get_local_path(os.fspath(annotations))
+        bounds = as_int_tuple(list(thresholds), "thresholds")
+        status = Path(path).stat()
+        return _count(path, bounds, status.st_size, status.st_mtime_ns)
+    if isinstance(layout, str | os.PathLike):
+        path = PathManager.get_local_path(os.fspath(layout))
+        is_checkpoint = Path(path).suffix in _CHECKPOINTS
+        layout = _layout_in_checkpoint(path) if is_checkpoint else GroupLayout.load(path)
+    if not isinstance(layout, GroupLayout):
+        raise TypeError(
+            f"Expected `layout` to be a GroupLayout or a path, got {type(layout).__name__}"
+        )
+    if layout.background is None:
+        raise ValueError("Expected `layout` with background, got one for classification without")
+    return replace(layout, background="last")
+
+
+@lru_cache(maxsize=4)
+def _count(path: str, thresholds: tuple[int, ...], *_: int) -> GroupLayout:
+    # Every stage of a cascade asks for it.
+    ids = category_ids(path)
+    return GroupLayout.from_counts(category_counts(path), thresholds, "last", ids)
+
+
+def _layout_in_checkpoint(path: str) -> GroupLayout:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path}: expected a checkpoint of detectron2, got {type(state).__name__}")
+    try:
+        return GroupLayout.from_state_dict(state.get("model", state))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def training_annotations(names: Sequence[str]) -> str:
+    """Return the annotation file of the one data set of a config's `DATASETS.TRAIN`.
+
+    Raises:
+        ValueError: there are several, none, or it has no annotation file.
+    """
+    if len(names) != 1:
+        raise ValueError(
+            "Expected MODEL.BAGS.LAYOUT or MODEL.BAGS.ANNOTATIONS, or one data set in "
+            f"DATASETS.TRAIN to count its instances, got {list(names)}"
+        )
+    path = MetadataCatalog.get(names[0]).get("json_file")
+    if path is None:
+        raise ValueError(
+            f"Expected MODEL.BAGS.LAYOUT or MODEL.BAGS.ANNOTATIONS: the data set {names[0]!r} has "
+            "no `json_file` in its metadata"
+        )
+    return str(path)
+
+
+def fingerprint(layout: GroupLayout) -> Tensor:
+    """Return digests of the groups and of the category ids, zeros if these are not known.
+
+    Two layouts whose fingerprints agree can share weights. Its shape, [64] uint8, is the same for
+    all.
+    """
+    groups = replace(layout, category_ids=None).to_json()
+    digests = hashlib.sha256(groups.encode()).digest()
+    if layout.category_ids is None:
+        digests += bytes(_DIGEST)
+    else:
+        digests += hashlib.sha256(repr(layout.category_ids).encode()).digest()
+    return torch.frombuffer(bytearray(digests), dtype=torch.uint8)
+
+
+def same_groups(mine: Tensor, other: Tensor) -> bool:
+    """Whether two fingerprints are of the same groups."""
+    return mine.shape == other.shape and torch.equal(mine[:_DIGEST], other[:_DIGEST])
+
+
+def same_category_ids(mine: Tensor, other: Tensor) -> bool:
+    """Whether two fingerprints are of the same category ids, or one of them knows none."""
+    ids = [one[_DIGEST:] for one in (mine, other)]
+    return torch.equal(*ids) or not all(bool(one.any()) for one in ids)

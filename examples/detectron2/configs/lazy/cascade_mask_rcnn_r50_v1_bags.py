@@ -1,0 +1,5 @@
+"""Cascade Mask R-CNN, ResNet-50-FPN, LVIS v1, Balanced Group Softmax."""
+
+from .lvis import bags
+
+model, dataloader, optimizer, lr_multiplier, train = bags("cascade_mask_rcnn_r50", "v1")

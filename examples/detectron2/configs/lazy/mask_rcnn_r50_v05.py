@@ -1,0 +1,5 @@
+"""Mask R-CNN, ResNet-50-FPN, LVIS v0.5, plain softmax."""
+
+from .lvis import baseline
+
+model, dataloader, optimizer, lr_multiplier, train = baseline("mask_rcnn_r50", "v0.5")

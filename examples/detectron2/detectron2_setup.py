@@ -1,0 +1,58 @@
+"""What both training entries share: data sets of one's own, and the log."""
+
+import argparse
+from collections.abc import Sequence
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the option that registers data sets."""
+    parser.add_argument(
+        "--dataset",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "JSON", "IMAGES"),
+        help="register a data set in COCO or LVIS format under a name, to be used in the config; "
+        "images are found by `file_name`. May be given several times. LVIS itself is known to "
+        "detectron2 (lvis_v1_train, ...) and found in $DETECTRON2_DATASETS",
+    )
+
+
+def register_datasets(datasets: Sequence[Sequence[str]]) -> None:
+    """Register data sets given as (name, annotations, images); a second time does nothing.
+
+    Raises:
+        ValueError: Another data set is registered under a name.
+    """
+    for name, annotations, images in datasets:
+        if name not in DatasetCatalog.list():
+            register_coco_instances(name, {}, annotations, images)
+            continue
+        known = MetadataCatalog.get(name).get("json_file")
+        if known != annotations:
+            raise ValueError(f"Expected a new name for {annotations}, got {name!r} of {known}")
+
+
+def annotations_of(name: str) -> str:
+    """Return the annotation file of a registered data set.
+
+    Raises:
+        ValueError: It has none.
+    """
+    path = MetadataCatalog.get(name).get("json_file")
+    if path is None:
+        raise ValueError(
+            f"Expected a registered data set with an annotation file, got {name!r}; register it by "
+            "--dataset NAME JSON IMAGES"
+        )
+    return str(path)
+
+
+def show_messages(output_dir: str) -> None:
+    """Log what the adapter has to say, as detectron2 does with its own messages."""
+    setup_logger(output_dir, distributed_rank=comm.get_rank(), name="balanced_group_softmax")

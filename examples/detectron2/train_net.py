@@ -1,0 +1,88 @@
+r"""Train and evaluate a detector of detectron2 by a YAML config, softmax or Balanced Group Softmax.
+
+    C=examples/detectron2/configs
+    python examples/detectron2/train_net.py --num-gpus 8 --config-file $C/mask_rcnn_r50_lvis_v1.yaml
+    python examples/detectron2/train_net.py --num-gpus 8 \
+        --config-file $C/mask_rcnn_r50_lvis_v1_bags.yaml
+
+The second starts from the first one's classifier and trains nothing else. With --resume a run goes
+on from its last checkpoint; with --eval-only it is evaluated. docs/detectron2.md tells the whole
+way.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+from detectron2_evaluation import LVISReport
+from detectron2_setup import add_data_arguments, annotations_of, register_datasets, show_messages
+from torch import nn
+
+from balanced_group_softmax.adapters.detectron2 import add_bags_config, freeze
+
+
+class Trainer(DefaultTrainer):
+    """detectron2's trainer, with freezing and with this project's evaluation."""
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model: nn.Module = super().build_model(cfg)
+        freeze(model, cfg.MODEL.BAGS.TRAIN)  # before the optimiser, which takes what trains
+        return model
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> LVISReport:
+        (train_name,) = cfg.DATASETS.TRAIN
+        has_train = Path(annotations_of(train_name)).is_file()
+        return LVISReport(
+            dataset_name,
+            train_name if has_train else None,
+            ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
+            output_folder or str(Path(cfg.OUTPUT_DIR, "inference", dataset_name)),
+        )
+
+
+def make_config(path: str, overrides: Sequence[str] = ()) -> CfgNode:
+    """Read a YAML config with the keys of BAGS; overrides are keys and values in turn."""
+    cfg = get_cfg()
+    add_bags_config(cfg)
+    cfg.merge_from_file(path)
+    cfg.merge_from_list(list(overrides))
+    cfg.freeze()
+    return cfg
+
+
+def main(args: argparse.Namespace) -> Any:
+    register_datasets(args.dataset)
+    cfg = make_config(args.config_file, args.opts)
+    default_setup(cfg, args)
+    show_messages(cfg.OUTPUT_DIR)
+    if not args.eval_only:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+    model = Trainer.build_model(cfg)
+    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    return Trainer.test(cfg, model)
+
+
+if __name__ == "__main__":
+    parser = default_argument_parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_data_arguments(parser)
+    arguments = parser.parse_args()
+    launch(
+        main,
+        arguments.num_gpus,
+        num_machines=arguments.num_machines,
+        machine_rank=arguments.machine_rank,
+        dist_url=arguments.dist_url,
+        args=(arguments,),
+    )
