@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,11 +60,26 @@ def read_config(args: argparse.Namespace) -> Config:
         config.model = use_original_geometry(config.model)
     config.launcher = args.launcher
     if args.launcher == "pytorch" and not torch.cuda.is_available():
-        config.env_cfg.dist_cfg.backend = "gloo"
+        config.model_wrapper_cfg = dict(
+            type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False
+        )
     config.work_dir = args.work_dir or config.get(
         "work_dir", os.path.join("work_dirs", args.config.stem)
     )
     return config
+
+
+def processes(launcher: str) -> AbstractContextManager[None]:
+    """Join the processes of torchrun without a GPU, which mmengine's own start asks for.
+
+    What is wrapped for them has to be gone when the block ends.
+    """
+    if launcher != "pytorch" or torch.cuda.is_available():
+        return nullcontext()
+    add_examples_to_path()
+    from distributed import process_group
+
+    return process_group(torch.device("cpu"))
 
 
 def prepare_versions() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.runner import Runner
-from runs import add_examples_to_path, parser, prepare_versions, read_config
+from runs import add_examples_to_path, parser, prepare_versions, processes, read_config
 
 add_examples_to_path()
 
@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             import shared_evaluation  # noqa: F401  # registers it
 
-            Runner.from_cfg(config).test()
+            with processes(args.launcher):
+                Runner.from_cfg(config).test()
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

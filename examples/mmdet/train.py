@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.runner import Runner
-from runs import add_examples_to_path, parser, prepare_versions, read_config
+from mmengine.runner import Runner, find_latest_checkpoint
+from runs import add_examples_to_path, parser, prepare_versions, processes, read_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = read_config(args)
         if args.load_from is not None:
             config.load_from = str(args.load_from)
-        config.resume = args.resume
+        last = find_latest_checkpoint(config.work_dir) if args.resume else None
+        if last is not None:  # or mmengine would go on from `load_from`, as if it were of this run
+            config.load_from, config.resume = last, True
         if args.amp:
             config.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
         if args.seed is not None:
@@ -33,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.config.parent.name == "demo":
             draw_demo_data(Path(config.data_root))
         prepare_versions()
-        runner = Runner.from_cfg(config)
-        runner.train()
+        with processes(args.launcher):
+            Runner.from_cfg(config).train()
     except (OSError, TypeError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

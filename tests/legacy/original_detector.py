@@ -7,6 +7,7 @@ last pixel, background is label 0. It shares no code with what converts checkpoi
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -182,16 +183,16 @@ def decode(boxes: Tensor, deltas: Tensor, stds: Sequence[float], size: tuple[int
 def nms(boxes: Tensor, scores: Tensor, threshold: float) -> list[int]:
     """Rows kept by greedy suppression, best first."""
     area = (boxes[:, 2:] - boxes[:, :2] + 1).prod(1)
+    low = torch.maximum(boxes[:, None, :2], boxes[None, :, :2])
+    high = torch.minimum(boxes[:, None, 2:], boxes[None, :, 2:])
+    shared = (high - low + 1).clamp(min=0).prod(2)
+    overlap = (shared / (area[:, None] + area - shared) > threshold).numpy()
+    gone = np.zeros(len(boxes), bool)
     kept: list[int] = []
     for i in scores.argsort(descending=True, stable=True).tolist():
-        if kept:
-            others = boxes[kept]
-            low = torch.maximum(others[:, :2], boxes[i, :2])
-            high = torch.minimum(others[:, 2:], boxes[i, 2:])
-            shared = (high - low + 1).clamp(min=0).prod(1)
-            if (shared / (area[kept] + area[i] - shared) > threshold).any():
-                continue
-        kept.append(i)
+        if not gone[i]:
+            kept.append(i)
+            gone |= overlap[i]
     return kept
 
 

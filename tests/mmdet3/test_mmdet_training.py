@@ -127,12 +127,12 @@ def test_two_processes_train_the_classifier_alone(trained: tuple[Path, str, str]
     start = folder / "work_dirs" / "faster-rcnn_demo" / f"iter_{SOFTMAX_STEPS}.pth"
     printed = run(
         folder, "train.py", DEMO / "bags_faster-rcnn_demo.py", "--seed", 0,
-        "--load-from", start, "--work-dir", "two", "--launcher", "pytorch", *steps(6, val=False),
+        "--load-from", start, "--work-dir", "two", "--launcher", "pytorch", *steps(22, val=False),
         processes=2,
     )  # fmt: skip
     assert "BAGSFreezeHook: 'classifier' trains" in printed
     before = torch.load(start, map_location="cpu", weights_only=False)["state_dict"]
-    after = torch.load(folder / "two" / "iter_6.pth", map_location="cpu", weights_only=False)
+    after = torch.load(folder / "two" / "iter_22.pth", map_location="cpu", weights_only=False)
     changed = {n for n in before if not torch.equal(before[n], after["state_dict"][n])}
     assert changed == {f"roi_head.bbox_head.fc_cls.{kind}" for kind in ("weight", "bias")}
 
@@ -142,10 +142,10 @@ def test_a_stopped_training_goes_on(trained: tuple[Path, str, str]) -> None:
     config = DEMO / "bags_faster-rcnn_demo.py"
     start = folder / "work_dirs" / "faster-rcnn_demo" / f"iter_{SOFTMAX_STEPS}.pth"
     common = [config, "--seed", 0, "--work-dir", "again"]
-    run(folder, "train.py", *common, "--load-from", start, *steps(4, val=False))
-    printed = run(folder, "train.py", *common, "--resume", *steps(8, val=False))
-    assert "resumed epoch: 0, iter: 4" in printed
-    assert (folder / "again" / "iter_8.pth").exists()
+    run(folder, "train.py", *common, "--load-from", start, *steps(22, val=False))
+    printed = run(folder, "train.py", *common, "--resume", *steps(24, val=False))
+    assert "resumed epoch: 0, iter: 22" in printed
+    assert (folder / "again" / "iter_24.pth").exists()
 
 
 @pytest.mark.parametrize(
