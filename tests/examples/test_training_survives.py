@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--flip", "0.1"], "flip was 0.5 and is 0.1"),
+        (["--flip", "0.1"], "flip of softmax was 0.5 and is 0.1"),
         (["--seed", "3"], "seed was 0 and is 3"),
     ],
 )
