@@ -109,6 +109,7 @@ model = dict(
             num_classes=num_classes,
             reg_class_agnostic=True,
             bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_stds=[0.1, 0.1, 0.2, 0.2]),
+            loss_cls=dict(type="CrossEntropyLoss"),
             loss_bbox=dict(type="SmoothL1Loss", beta=1 / 9),
         ),
     ),
