@@ -1,9 +1,10 @@
 """RoI features of a frozen detector, stored once, so that its classifier trains from the disk.
 
 Stage two trains one linear layer, and yet each of its steps runs the whole detector to make what
-that layer reads. Here the detector runs over the data once for each draw (other flips, other RoIs),
-and what reaches the classifier is kept: features in bfloat16 and labels, both memory-mapped. Then
-an epoch is a matter of seconds to minutes. Epoch `e` reads draw `e % draws`.
+that layer reads. Here the detector runs over the data once, or a few times with other flips, and
+RoIs are drawn from its proposals a few times. What reaches the classifier is kept: features in
+bfloat16 and labels, both memory-mapped. Then an epoch is a matter of seconds to minutes. Epoch `e`
+reads draw `e % draws`.
 
     folder/cache.json   what it was made of; another detector's cache is refused
     folder/features     bfloat16 [draws, images, RoIs, F]
@@ -23,7 +24,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import distributed
 import numpy as np
@@ -41,17 +42,34 @@ from tqdm import tqdm
 from training import AUTOCAST, Batch, Place
 from training_samplers import EpochBatches, SeededItems
 
-from balanced_group_softmax.adapters.torchvision import convert_classifier, freeze
-
 IGNORED = -100
 PREDICTOR = CLASSIFIER.rstrip(".")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Where a run keeps features, and how many."""
+
+    folder: Path
+    passes: int = 1
+    draws: int = 2
+
+    def __post_init__(self) -> None:
+        if self.passes > self.draws:
+            raise ValueError(
+                f"Expected at least as many `--cache-draws` as `--cache-passes`, got {self.draws} "
+                f"and {self.passes}"
+            )
 
 
 @dataclass(frozen=True)
 class Contents:
     """What a cache holds, and what it was made of."""
 
+    passes: int
+    """How often the detector runs over the images; each time with other flips and sizes."""
     draws: int
+    """How often RoIs are sampled, over all passes."""
     images: int
     rois: int
     features: int
@@ -63,6 +81,10 @@ class Contents:
     """Hash of the weights."""
     data: str
     """Hash of the images, their boxes and labels."""
+
+    def draws_of(self, number: int) -> range:
+        """Return the draws that a pass makes: those of all passes take turns."""
+        return range(number, self.draws, self.passes)
 
     @property
     def num_bytes(self) -> int:
@@ -170,49 +192,31 @@ def gigabytes(number: int) -> str:
 # --- filling it ---------------------------------------------------------------------------------
 
 
-class Recorder(nn.Module):
-    """A classifier that only looks at what it is given."""
-
-    background: Literal["first"] = "first"
-
-    def __init__(self, in_features: int, num_categories: int) -> None:
-        super().__init__()
-        self.in_features, self.num_categories = in_features, num_categories
-        self.features = torch.empty(0)
-        self.labels = torch.empty(0)
-
-    def forward(self, features: Tensor) -> Tensor:
-        self.features = features
-        return features.new_zeros(len(features), self.num_categories + 1)
-
-    def losses(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        self.labels = labels
-        return {}
-
-    def scores(self, logits: Tensor) -> Tensor:
-        return logits
-
-
 def contents_of(
-    model: nn.Module, dataset: LVISDetection, recipe: Recipe, *, draws: int, seed: int
+    model: nn.Module,
+    dataset: LVISDetection,
+    recipe: Recipe,
+    options: CacheOptions,
+    *,
+    seed: int,
 ) -> Contents:
     """Return what the cache of a softmax detector would hold."""
     classifier: Any = model.get_submodule(PREDICTOR)
-    options = ("short_sides", "long_side", "foreground_share", "batch_size", "amp")
+    decisive = ("short_sides", "long_side", "foreground_share", "batch_size", "amp")
     return Contents(
-        draws=draws,
+        passes=options.passes,
+        draws=options.draws,
         images=len(dataset),
         rois=recipe.rois_per_image,
         features=classifier.in_features,
         seed=seed,
         flip=recipe.flip,
-        recipe=", ".join(f"{name} {getattr(recipe, name)}" for name in options),
+        recipe=", ".join(f"{name} {getattr(recipe, name)}" for name in decisive),
         detector=fingerprint(model.state_dict(), without=CLASSIFIER),
         data=dataset.fingerprint,
     )
 
 
-@torch.no_grad()
 def fill(
     cache: FeatureCache,
     model: nn.Module,
@@ -223,7 +227,7 @@ def fill(
     num_workers: int = 0,
     skip_broken: bool = False,
 ) -> None:
-    """Run a softmax detector over the training images, as often as there are draws.
+    """Run a softmax detector over the training images, as often as there are passes.
 
     Args:
         cache: Where features go. What it has already is left.
@@ -243,24 +247,21 @@ def fill(
             f"{cache.folder}: Expected a cache of all images without `--skip-broken`, got one that "
             f"others stand in for: {cache.broken[0]}; repair the images and fill another folder"
         )
-    detector, recorder = _recording(model)
-    place(detector, recipe, device).train()
-    counts: list[int] = []
-    hook = detector.get_submodule("roi_heads.box_roi_pool").register_forward_pre_hook(
-        lambda module, args: counts.extend(len(boxes) for boxes in args[1])
-    )
-    batches = list(_batches(cache.contents, recipe.batch_size))
+    contents = cache.contents
+    detector = _proposing_as_in_training(model)
+    place(detector, recipe, device)
+    batches = list(_batches(contents, recipe.batch_size))
     mine = [
-        batch
-        for batch in batches[distributed.rank() :: distributed.world_size()]
-        if not all(cache.done[draw, image] for draw, image in batch)
+        (number, batch)
+        for number, batch in batches[distributed.rank() :: distributed.world_size()]
+        if not cache.done[list(contents.draws_of(number))][:, batch].all()
     ]
     source: Any = Replacing(dataset) if skip_broken else dataset
     loader = DataLoader(
         SeededItems(source),
         batch_sampler=[
-            [(image, _seed(cache.contents.seed, draw, image)) for draw, image in batch]
-            for batch in mine
+            [(image, _seed(contents.seed, number, image)) for image in batch]
+            for number, batch in mine
         ],
         collate_fn=collate,
         num_workers=num_workers,
@@ -274,46 +275,69 @@ def fill(
         unit="batch",
         disable=not distributed.is_first(),
     )
-    for batch, (images, targets) in bar:
-        counts.clear()
+    for (number, batch), (images, targets) in bar:
         for target in targets:
             for reason in target.get(BROKEN, ()):
                 cache.note_broken(reason)
-        torch.manual_seed(_seed(cache.contents.seed, *batch[0]))
+        images = [image.to(device, non_blocking=True) for image in images]
+        targets = [
+            {key: target[key].to(device, non_blocking=True) for key in ("boxes", "labels")}
+            for target in targets
+        ]
+        torch.manual_seed(_seed(contents.seed, number, batch[0]))
         with torch.autocast(device.type, AUTOCAST.get(recipe.amp), enabled=recipe.amp != "off"):
-            detector(
-                [image.to(device, non_blocking=True) for image in images],
-                [
-                    {key: target[key].to(device, non_blocking=True) for key in ("boxes", "labels")}
-                    for target in targets
-                ],
-            )
-        rows = zip(recorder.features.split(counts), recorder.labels.split(counts), strict=True)
-        for (draw, image), (features, labels) in zip(batch, rows, strict=True):
-            cache.put(draw, image, features, labels)
-    hook.remove()
+            sampled = roi_features(detector, images, targets, len(contents.draws_of(number)))
+        for draw, parts in zip(contents.draws_of(number), sampled, strict=True):
+            for image, (features, labels) in zip(batch, parts, strict=True):
+                cache.put(draw, image, features, labels)
     distributed.barrier()
 
 
-def _recording(model: nn.Module) -> tuple[nn.Module, Recorder]:
-    """Return a detector that trains as stage two does, but for its classifier, and the recorder."""
-    detector: Any = copy.deepcopy(model)
-    freeze(detector, "classifier")
-    plain: Any = detector.get_submodule(PREDICTOR)
-    recorder = Recorder(plain.in_features, plain.out_features - 1)
-    convert_classifier(detector, recorder)
-    detector.roi_heads.mask_roi_pool = None  # masks are of no use here
-    return detector, recorder
+@torch.no_grad()
+def roi_features(
+    detector: Any, images: list[Tensor], targets: list[dict[str, Tensor]], draws: int
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """Return what reaches the classifier of a training step, in several draws of RoIs.
+
+    Args:
+        detector: Its proposals are those of training.
+        images: Float [3, H, W], in [0, 1].
+        targets: Of each image `boxes`, [n, 4], and `labels`, [n].
+        draws: How often RoIs are sampled from the proposals.
+
+    Returns:
+        For each draw and image features, [m, F], and labels, [m].
+    """
+    resized, targets = detector.transform(images, targets)
+    pyramid = detector.backbone(resized.tensors)
+    proposals, _ = detector.rpn(resized, pyramid)
+    heads, found = detector.roi_heads, []
+    for _ in range(draws):
+        boxes, _, labels, _ = heads.select_training_samples(proposals, targets)
+        features = heads.box_head(heads.box_roi_pool(pyramid, boxes, resized.image_sizes))
+        found.append(list(zip(features.split([len(part) for part in labels]), labels, strict=True)))
+    return found
 
 
-def _batches(contents: Contents, size: int) -> Iterator[list[tuple[int, int]]]:
-    for draw in range(contents.draws):
+def _proposing_as_in_training(model: nn.Module) -> nn.Module:
+    """Return a frozen copy that resizes and proposes as in training, but computes no losses."""
+    detector: Any = copy.deepcopy(model).eval()
+    detector.transform.train()
+    rpn = detector.rpn
+    for limits in (rpn._pre_nms_top_n, rpn._post_nms_top_n):
+        limits["testing"] = limits["training"]
+    return detector
+
+
+def _batches(contents: Contents, size: int) -> Iterator[tuple[int, list[int]]]:
+    """Yield passes and the images that they look at together."""
+    for number in range(contents.passes):
         for first in range(0, contents.images, size):
-            yield [(draw, i) for i in range(first, min(first + size, contents.images))]
+            yield number, list(range(first, min(first + size, contents.images)))
 
 
-def _seed(seed: int, draw: int, image: int) -> int:
-    state = np.random.SeedSequence([seed, draw, image]).generate_state(1, np.uint64)
+def _seed(seed: int, number: int, image: int) -> int:
+    state = np.random.SeedSequence([seed, number, image]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))
 
 

@@ -9,23 +9,32 @@ from typing import Any
 
 import distributed
 from checkpoints import Categories, Checkpoint, fingerprint
+from feature_cache import CacheOptions
 from recipe import Recipe, read_identity, read_options, recipes_of
 from run_folder import write_text
 
 BROKEN_IMAGES = "broken_images.txt"
 
 
-def origin(*, seed: int, data: str, start: Checkpoint | None, cache_draws: int) -> dict[str, Any]:
+def origin(
+    *, seed: int, data: str, start: Checkpoint | None, cache: CacheOptions | None
+) -> dict[str, Any]:
     """Return what weights come from, beside the recipe.
 
     Args:
         seed: Of the run.
         data: Hash of what is trained on.
         start: What training starts from.
-        cache_draws: Draws of the feature cache; 0 to train through the detector.
+        cache: The features that training reads; None to train through the detector.
     """
     weights = "nothing" if start is None else fingerprint(start.model)[:16]
-    return {"seed": seed, "data": data[:16], "start": weights, "cache_draws": cache_draws}
+    return {
+        "seed": seed,
+        "data": data[:16],
+        "start": weights,
+        "cache_draws": 0 if cache is None else cache.draws,
+        "cache_passes": 0 if cache is None else cache.passes,
+    }
 
 
 def check_folder(

@@ -20,6 +20,7 @@ from feature_cache import (
     PREDICTOR,
     CachedBatches,
     CachedClassifier,
+    CacheOptions,
     FeatureCache,
     contents_of,
     fill,
@@ -60,9 +61,8 @@ class Setting:
     """What was wrong with images."""
     start: Checkpoint | None = None
     """What the first training starts from."""
-    cache: Path | None = None
-    """Where stage two keeps the features that it trains from; None to run the detector."""
-    cache_draws: int = 2
+    cache: CacheOptions | None = None
+    """The features that stage two trains from; None to run the detector."""
 
     def recipe(self, name: str) -> Recipe:
         """Return the recipe of a training."""
@@ -85,12 +85,12 @@ def run_stage(setting: Setting, name: str, start: Checkpoint | None) -> Checkpoi
     """
     done, partial = setting.folder / f"{name}.pt", setting.folder / f"{name}.training.pt"
     recipe, data = setting.recipe(name), setting.data
-    cached = name != SOFTMAX and setting.cache is not None
+    wanted = None if name == SOFTMAX else setting.cache
     comes_from = origin(
         seed=setting.seed,
         data=data.train.fingerprint,
         start=start,
-        cache_draws=setting.cache_draws if cached else 0,
+        cache=wanted,
     )
     found, resumed = _found(setting, done, partial), None
     if found is not None:
@@ -121,9 +121,9 @@ def run_stage(setting: Setting, name: str, start: Checkpoint | None) -> Checkpoi
             content({**state, "processes": distributed.world_size()}).save(partial)
 
     cache, trained = None, model
-    if cached:
+    if wanted is not None:
         assert start is not None
-        cache = filled_cache(setting, start, recipe)
+        cache = filled_cache(setting, wanted, start, recipe)
         trained = CachedClassifier(model.get_submodule(PREDICTOR))
     job, batches = make_job(setting, name, trained, parameters, save, cache)
     if setting.after_epoch is not None:
@@ -203,7 +203,9 @@ def make_job(
     return job, batches
 
 
-def filled_cache(setting: Setting, start: Checkpoint, recipe: Recipe) -> FeatureCache:
+def filled_cache(
+    setting: Setting, wanted: CacheOptions, start: Checkpoint, recipe: Recipe
+) -> FeatureCache:
     """Return the features of a softmax detector, stored as far as they are not yet.
 
     Raises:
@@ -215,10 +217,8 @@ def filled_cache(setting: Setting, start: Checkpoint, recipe: Recipe) -> Feature
             "Expected `train` classifier with `--cache-features`, which holds what the classifier "
             f"reads, got {recipe.train}"
         )
-    assert setting.cache is not None
     model, data = start.make_model(recipe), setting.data.train
-    contents = contents_of(model, data, recipe, draws=setting.cache_draws, seed=setting.seed)
-    cache = FeatureCache(setting.cache, contents)
+    cache = FeatureCache(wanted.folder, contents_of(model, data, recipe, wanted, seed=setting.seed))
     fill(
         cache,
         model,

@@ -41,6 +41,7 @@ import torch
 import torchvision
 from checkpoints import Checkpoint
 from detection_data import ImageError
+from feature_cache import CacheOptions
 from lvis_demo_data import seed_of, write_demo_data
 from lvis_evaluation import Metrics, check_installed
 from recipe import (
@@ -155,6 +156,7 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
         )
     elif args.checkpoint:
         start = with_weights_of(args.checkpoint, recipes["softmax"], data, args.seed)
+    cache = cache_options(args)
     setting = Setting(
         folder=folder,
         data=data,
@@ -168,8 +170,7 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
         broken=noted_broken(folder) if args.resume else {},
         logger=lambda name, step: make_log(args, folder, name, step),
         start=start,
-        cache=args.cache_features,
-        cache_draws=args.cache_draws,
+        cache=cache,
     )
     if args.evaluate_every:
         setting.after_epoch = lambda name, model, epoch: (
@@ -181,7 +182,7 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
             seed=args.seed,
             data=data.train.fingerprint,
             start=start,
-            cache_draws=args.cache_draws if args.cache_features else 0,
+            cache=cache,
         ),
         "val_data": data.val.fingerprint[:16],
     }
@@ -366,10 +367,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--cache-draws",
         type=whole(1),
-        default=2,
+        default=CacheOptions.draws,
         metavar="N",
-        help="times that the detector runs over the data for it, with other flips and RoIs "
-        "(default: 2)",
+        help="times that it samples RoIs of each image, which epochs read in turn (default: 2)",
+    )
+    add(
+        "--cache-passes",
+        type=whole(1),
+        default=CacheOptions.passes,
+        metavar="N",
+        help="times that the detector runs over the images for that, each with other flips "
+        "(default: 1)",
     )
     add("--tensorboard", action="store_true", help="log losses for TensorBoard")
     add_options(parser)
@@ -391,12 +399,20 @@ def check_arguments(args: argparse.Namespace) -> None:
                 raise ValueError(f"Expected the same `{name}` in both stages, got {one} and {two}")
     if args.stage in ("compare", "softmax"):
         recipes["softmax"].check_start(from_checkpoint=bool(args.checkpoint))
+    cache_options(args)
     if args.resume and not args.output:
         raise ValueError("Expected `--output` with `--resume`, got none")
     if args.stage in ("continued", "bags") and not args.checkpoint:
         raise ValueError(
             f"Expected `--checkpoint` with `--stage {args.stage}`, a softmax detector to start from"
         )
+
+
+def cache_options(args: argparse.Namespace) -> CacheOptions | None:
+    """Return what is asked of the feature cache; None without one."""
+    if args.cache_features is None:
+        return None
+    return CacheOptions(args.cache_features, args.cache_passes, args.cache_draws)
 
 
 def run_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -19,10 +19,12 @@ import torchvision_lvis_train as example
 from checkpoints import Checkpoint
 from detection_data import LVISDetection, make_transforms
 from detectors import CLASSIFIER, make_detector
-from feature_cache import CachedBatches, FeatureCache, contents_of, fill
+from feature_cache import CachedBatches, CacheOptions, FeatureCache, contents_of, fill
 from pipeline_cases import data_arguments
 from recipe import Recipe
 from training_samplers import EpochBatches
+
+from balanced_group_softmax.adapters.torchvision import freeze
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 CPU = torch.device("cpu")
@@ -48,9 +50,11 @@ def model() -> torch.nn.Module:
     return make_detector(RECIPE, 3)
 
 
-def filled(path: Path, model: Any, dataset: LVISDetection, draws: int = 1) -> FeatureCache:
-    contents = contents_of(model, dataset, RECIPE, draws=draws, seed=0)
-    cache = FeatureCache(path, contents)
+def filled(
+    path: Path, model: Any, dataset: LVISDetection, passes: int = 1, draws: int = 1
+) -> FeatureCache:
+    options = CacheOptions(path, passes, draws)
+    cache = FeatureCache(path, contents_of(model, dataset, RECIPE, options, seed=0))
     fill(cache, model, dataset, RECIPE, device=CPU)
     return cache
 
@@ -68,8 +72,10 @@ def test_features_are_those_that_the_classifier_reads(
     model.roi_heads.box_predictor.cls_score.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].detach())
     )
-    frozen = feature_cache.freeze(model, "classifier")
-    assert frozen
+    assert freeze(model, "classifier")
+    states: list[Any] = []  # the losses of the RPN draw anchors, which storing does without
+    model.rpn.register_forward_pre_hook(lambda *_: states.append(torch.get_rng_state()))
+    model.rpn.register_forward_hook(lambda *_: torch.set_rng_state(states.pop()))
     model.train()
     items = feature_cache.SeededItems(dataset)
     for first in range(0, len(dataset), 2):
@@ -94,14 +100,16 @@ def test_features_are_those_that_the_classifier_reads(
 def test_draws_differ_and_a_broken_run_goes_on(
     tmp_path: Path, model: Any, dataset: LVISDetection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = filled(tmp_path / "whole", model, dataset, draws=2)
-    assert not np.array_equal(whole.features[0], whole.features[1])
+    whole = filled(tmp_path / "whole", model, dataset, passes=2, draws=4)
+    for one in range(4):
+        for two in range(one):
+            assert not np.array_equal(whole.features[one], whole.features[two])
 
     put, stored = FeatureCache.put, 0
 
     def stop(self: FeatureCache, *args: Any) -> None:
         nonlocal stored
-        if stored == 5:
+        if stored == 13:
             raise KeyboardInterrupt
         stored += 1
         put(self, *args)
@@ -109,10 +117,30 @@ def test_draws_differ_and_a_broken_run_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(FeatureCache, "put", stop)
         with pytest.raises(KeyboardInterrupt):
-            filled(tmp_path / "broken", model, dataset, draws=2)
-    again = filled(tmp_path / "broken", model, dataset, draws=2)
+            filled(tmp_path / "broken", model, dataset, passes=2, draws=4)
+    again = filled(tmp_path / "broken", model, dataset, passes=2, draws=4)
     assert np.array_equal(again.features, whole.features)
     assert np.array_equal(again.labels, whole.labels)
+
+
+def test_draws_of_a_pass_see_one_flip(
+    tmp_path: Path, model: Any, dataset: LVISDetection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def look(detector: Any, images: Any, targets: Any, draws: int) -> Any:
+        seen.extend(float(image[:, :, : image.shape[2] // 2].mean()) for image in images)
+        assert draws == [2, 1][len(seen) > len(dataset)]  # three draws of two passes
+        return whole(detector, images, targets, draws)
+
+    whole = feature_cache.roi_features
+    monkeypatch.setattr(feature_cache, "roi_features", look)
+    cache = filled(tmp_path, model, dataset, passes=2, draws=3)
+    assert cache.done.all()
+    assert len(seen) == 2 * len(dataset)
+    assert seen[: len(dataset)] != seen[len(dataset) :]
+    with pytest.raises(ValueError, match="at least as many `--cache-draws` as `--cache-passes`"):
+        CacheOptions(tmp_path, passes=3, draws=2)
 
 
 def test_the_cache_of_another_detector_is_refused(
