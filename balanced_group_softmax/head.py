@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from balanced_group_softmax._arguments import as_float, as_int
+from balanced_group_softmax._arguments import as_float, as_int, shown
 from balanced_group_softmax.functional import (
     REDUCTIONS,
     grouped_softmax_loss,
@@ -28,6 +28,8 @@ class BAGSLoss(nn.Module):
     Args:
         layout: the groups.
         others_ratio: others that count for each foreground row of a group; may be infinite.
+        category_weights: [C], finite and at least 0: weights of foreground rows in the group of
+            their category, for training alone; they are not in the state dict.
         ignore_index: the label of rows that take part in nothing.
         reduction: `"sum"` over groups (a scalar) or `"groups"` ([G]).
         impl: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
@@ -43,6 +45,7 @@ class BAGSLoss(nn.Module):
         layout: GroupLayout,
         *,
         others_ratio: float = 8.0,
+        category_weights: Any = None,
         ignore_index: int = -100,
         reduction: str = "sum",
         impl: str = "auto",
@@ -54,6 +57,10 @@ class BAGSLoss(nn.Module):
             raise ValueError(f"Expected `reduction` to be one of {REDUCTIONS}, got {reduction!r}")
         self.layout = layout
         self.others_ratio = as_float(others_ratio, "others_ratio", lowest=0)
+        self.category_weights: Tensor | None
+        self.register_buffer(
+            "category_weights", _as_category_weights(category_weights, layout), persistent=False
+        )
         self.ignore_index = as_int(ignore_index, "ignore_index")
         self.reduction = reduction
         self.impl = impl
@@ -67,6 +74,7 @@ class BAGSLoss(nn.Module):
             labels,
             self.layout,
             others_ratio=self.others_ratio,
+            category_weights=self.category_weights,
             generator=generator,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
@@ -93,6 +101,8 @@ class BAGSHead(nn.Module):
         in_features: width of the features.
         layout: the groups.
         others_ratio: others that count for each foreground row of a group; may be infinite.
+        category_weights: [C], finite and at least 0: weights of foreground rows in the group of
+            their category, for training alone; they are not in the state dict.
         bias: whether the linear layer has a bias.
         ignore_index: the label of rows that take part in nothing.
         impl: `"auto"`, `"triton"`, `"torch"` or `"reference"`.
@@ -121,6 +131,7 @@ class BAGSHead(nn.Module):
         layout: GroupLayout,
         *,
         others_ratio: float = 8.0,
+        category_weights: Any = None,
         bias: bool = True,
         ignore_index: int = -100,
         impl: str = "auto",
@@ -133,6 +144,12 @@ class BAGSHead(nn.Module):
         check_impl(impl)
         self.layout = layout
         self.others_ratio = as_float(others_ratio, "others_ratio", lowest=0)
+        self.category_weights: Tensor | None
+        self.register_buffer(
+            "category_weights",
+            _as_category_weights(category_weights, layout, device),
+            persistent=False,
+        )
         self.ignore_index = as_int(ignore_index, "ignore_index")
         self.impl = impl
         self.fc = nn.Linear(in_features, layout.num_logits, bias=bias, device=device, dtype=dtype)
@@ -146,6 +163,7 @@ class BAGSHead(nn.Module):
         layout: GroupLayout,
         *,
         others_ratio: float = 8.0,
+        category_weights: Any = None,
         bias: bool = True,
         ignore_index: int = -100,
         impl: str = "auto",
@@ -167,6 +185,7 @@ class BAGSHead(nn.Module):
                 (background first, last or none).
             layout: the groups.
             others_ratio: as for `BAGSHead`.
+            category_weights: as for `BAGSHead`.
             bias: as for `BAGSHead`; without a bias that of `linear` is dropped.
             ignore_index: as for `BAGSHead`.
             impl: as for `BAGSHead`.
@@ -196,7 +215,9 @@ class BAGSHead(nn.Module):
             device="meta",  # fresh weights would only move the random state
             dtype=linear.weight.dtype if dtype is None else dtype,
         )
-        head.to_empty(device=linear.weight.device if device is None else device)
+        device = linear.weight.device if device is None else device
+        head.to_empty(device=device)
+        head.category_weights = _as_category_weights(category_weights, layout, device)
         biases = linear.bias
         if biases is None:
             biases = linear.weight.new_zeros(linear.out_features)
@@ -260,6 +281,7 @@ class BAGSHead(nn.Module):
             labels,
             self.layout,
             others_ratio=self.others_ratio,
+            category_weights=self.category_weights,
             generator=generator,
             reduction=reduction,
             ignore_index=self.ignore_index,
@@ -325,6 +347,30 @@ class BAGSHead(nn.Module):
     ) -> None:
         self.check_state_dict(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _as_category_weights(
+    weights: Any, layout: GroupLayout, device: torch.device | str | None = None
+) -> Tensor | None:
+    """A copy of weights [C] in a floating-point dtype, checked."""
+    if weights is None:
+        return None
+    try:
+        made = torch.as_tensor(weights)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"Expected `category_weights` to be numbers [C], got {shown(weights)}"
+        ) from None
+    if made.shape != (layout.num_categories,):
+        raise ValueError(
+            f"Expected `category_weights` of shape [{layout.num_categories}], one for each "
+            f"category of the layout, got {list(made.shape)}"
+        )
+    if not made.dtype.is_floating_point:
+        made = made.to(torch.float32)
+    if not bool((made.isfinite() & (made >= 0)).all()):
+        raise ValueError("Expected `category_weights` to be finite and at least 0")
+    return made.detach().to(device=device, copy=True)
 
 
 def _group_rows(rows: Tensor, layout: GroupLayout, *, is_bias: bool) -> Tensor:

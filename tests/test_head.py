@@ -7,6 +7,7 @@ import shutil
 import sysconfig
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +105,35 @@ class TestUse:
         )
         assert torch.allclose(losses, only_row)
 
+    @pytest.mark.parametrize("make", ["head", "from_linear", "loss"])
+    def test_category_weights_reach_the_loss(
+        self, layout: GroupLayout, features: Tensor, labels: Tensor, make: str
+    ) -> None:
+        weights = torch.linspace(0.1, 5, len(COUNTS))
+        settings = {"others_ratio": float("inf"), "category_weights": weights.tolist()}
+        loss: Any
+        if make == "head":
+            head = BAGSHead(IN_FEATURES, layout, **settings)
+            logits, loss = head(features), head.loss
+        elif make == "from_linear":
+            head = BAGSHead.from_linear(nn.Linear(IN_FEATURES, 9), layout, **settings)
+            logits, loss = head(features), head.loss
+        else:
+            logits, loss = torch.randn(32, layout.num_logits), BAGSLoss(layout, **settings)
+        expected = [
+            grouped_softmax_loss(logits, labels, layout, others_ratio=torch.inf, **weighted)
+            for weighted in ({"category_weights": weights}, {})
+        ]
+        assert torch.equal(loss(logits, labels), expected[0])
+        assert not torch.allclose(*expected)
+
+    def test_category_weights_follow_the_head(self, layout: GroupLayout) -> None:
+        weights = torch.ones(len(COUNTS))
+        head = BAGSHead(IN_FEATURES, layout, category_weights=weights)
+        assert list(head.state_dict()) == list(BAGSHead(IN_FEATURES, layout).state_dict())
+        weights.zero_()
+        assert copy.deepcopy(head).double().category_weights.tolist() == [1.0] * len(COUNTS)
+
     def test_prints_its_settings(self, head: BAGSHead) -> None:
         assert "8 categories {0_10: 3, 10_100: 2" in repr(head)
         assert "others_ratio=8" in repr(head)
@@ -137,6 +167,10 @@ class TestUse:
             ({"others_ratio": "8"}, TypeError, "others_ratio"),
             ({"ignore_index": None}, TypeError, "ignore_index"),
             ({"impl": "cuda"}, ValueError, "impl"),
+            ({"category_weights": [1.0] * 7}, ValueError, "category_weights"),
+            ({"category_weights": [1.0] * 7 + [-1]}, ValueError, "category_weights"),
+            ({"category_weights": [1.0] * 7 + [float("inf")]}, ValueError, "category_weights"),
+            ({"category_weights": "none"}, TypeError, "category_weights"),
         ],
         ids=lambda value: str(value) if isinstance(value, dict) else "",
     )

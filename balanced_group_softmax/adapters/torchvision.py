@@ -177,6 +177,7 @@ def convert_to_bags(
     layout: GroupLayout,
     others_ratio: float = 8.0,
     *,
+    category_weights: Any = None,
     impl: Literal["auto", "triton", "torch", "reference"] = "auto",
     inplace: bool = True,
 ) -> _Model:
@@ -190,6 +191,7 @@ def convert_to_bags(
             background and C category rows.
         layout: The groups, for C categories and with `background="first"`.
         others_ratio: How many "others" rows count per foreground row of a group.
+        category_weights: Weights of foreground rows in their own group, [C].
         impl: Which implementation computes loss and scores.
         inplace: Change `model` itself; otherwise a deep copy is converted and `model` stays as it
             is.
@@ -227,7 +229,9 @@ def convert_to_bags(
             f"got background={layout.background!r}"
         )
     _check_fit(predictor, layout.num_categories, cls_score.in_features)
-    head = BAGSHead.from_linear(cls_score, layout, others_ratio=others_ratio, impl=impl)
+    head = BAGSHead.from_linear(
+        cls_score, layout, others_ratio=others_ratio, category_weights=category_weights, impl=impl
+    )
     return convert_classifier(model, head, inplace=inplace)
 
 
