@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from detectors import make_detector
+from methods import METHODS, restore
 from recipe import ARCHITECTURE, Recipe
 from run_folder import write
 from torchvision.models.detection import FasterRCNN
 
 from balanced_group_softmax import GroupLayout
-from balanced_group_softmax.adapters.torchvision import convert_to_bags
 
 FORMAT = "balanced-group-softmax torchvision example 1"
 State = dict[str, Any]
@@ -55,6 +55,7 @@ class Checkpoint:
     """A detector in training, or after it."""
 
     stage: str
+    """The method, by its name in `METHODS`."""
     recipe: Recipe
     categories: Categories
     model: State
@@ -106,6 +107,8 @@ class Checkpoint:
                 f"{', '.join(map(str, list(content)[:3])) or 'nothing'}"
             )
         try:
+            if content["stage"] not in METHODS:
+                raise ValueError(f"method {content['stage']}")
             return cls(
                 content["stage"],
                 Recipe.from_toml(content["recipe"]),
@@ -131,9 +134,8 @@ class Checkpoint:
         own = {name: getattr(self.recipe, name) for name in ARCHITECTURE}
         recipe = dataclasses.replace(recipe or self.recipe, **own, weights="none")
         model = make_detector(recipe, len(self.categories.ids))
-        if self.stage == "bags":
-            layout = self.categories.layout(recipe.thresholds)
-            model = convert_to_bags(model, layout, recipe.others_ratio)
+        layout = self.categories.layout(recipe.thresholds)
+        restore(model, self.stage, layout, self.categories.counts, recipe, self.model)
         model.load_state_dict(self.model)
         return model
 

@@ -14,6 +14,9 @@ training script ends with
         raise SystemExit(f"error: {error}")
 """
 
+from __future__ import annotations
+
+import copy
 import hashlib
 import json
 import os
@@ -197,6 +200,38 @@ class LVISDetection(torch.utils.data.Dataset[tuple[Tensor, Target]]):
     def labels(self, index: int) -> Tensor:
         """Return the labels of an image without reading it, e.g. for a sampler."""
         return self._labels[self._span(index)]
+
+    def subset(self, images: Sequence[int], keep: Sequence[Tensor]) -> LVISDetection:
+        """Return a data set of some images, and of some annotations in them.
+
+        Args:
+            images: Their indices.
+            keep: For each of them bool [n]: which of its annotations stay.
+
+        Raises:
+            ValueError: A mask does not fit its image.
+        """
+        made = copy.copy(self)
+        made.__dict__.pop("fingerprint", None)
+        rows: list[Tensor] = []
+        for index, mask in zip(images, keep, strict=True):
+            span = self._span(index)
+            if len(mask) != span.stop - span.start:
+                raise ValueError(
+                    f"Expected a mask over the {span.stop - span.start} annotations of image "
+                    f"{self.image_ids[index]}, got {len(mask)}"
+                )
+            rows.append(span.start + mask.nonzero().flatten())
+        kept = torch.cat([*rows, torch.zeros(0, dtype=torch.int64)])
+        made.image_ids = [self.image_ids[index] for index in images]
+        made.paths = [self.paths[index] for index in images]
+        made.sizes = self.sizes[list(images)]
+        made._starts = np.cumsum([0, *(len(row) for row in rows)])
+        for name in ("_boxes", "_labels", "_area", "_iscrowd"):
+            setattr(made, name, getattr(self, name)[kept])
+        if self._segments is not None:
+            made._segments = [self._segments[row] for row in kept.tolist()]
+        return made
 
     @cached_property
     def fingerprint(self) -> str:

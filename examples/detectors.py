@@ -10,7 +10,6 @@ import torch
 import torchvision
 from recipe import Recipe
 from small_detector import SharedBoxRegression, small_detector
-from softmax_classifier import SoftmaxClassifier
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torchvision.models import get_model_weights, list_models
@@ -21,8 +20,10 @@ from torchvision.models.detection.mask_rcnn import MaskRCNN_ResNet50_FPN_Weights
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from balanced_group_softmax.adapters.torchvision import convert_classifier
+from balanced_group_softmax.rebalance.softmax import SoftmaxClassifier
 
-CLASSIFIER = "roi_heads.box_predictor.cls_score."
+PREDICTOR = "roi_heads.box_predictor.cls_score"
+CLASSIFIER = f"{PREDICTOR}."
 BY_CATEGORY = (
     CLASSIFIER,
     "roi_heads.box_predictor.bbox_pred.",
@@ -168,7 +169,7 @@ def with_same_postprocessing(model: nn.Module) -> nn.Module:
     Its detections are those of torchvision, in a small part of the time: torchvision takes seconds
     for an image at LVIS's 1203 categories and a score threshold of 0.
     """
-    classifier = model.get_submodule(CLASSIFIER.rstrip("."))
+    classifier = model.get_submodule(PREDICTOR)
     if type(classifier) is not nn.Linear:
         return model
     return convert_classifier(model, SoftmaxClassifier.from_linear(classifier), inplace=False)

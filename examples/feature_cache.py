@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from checkpoints import fingerprint
 from detection_data import LVISDetection, collate
-from detectors import CLASSIFIER, place
+from detectors import CLASSIFIER, PREDICTOR, place
 from loading import BROKEN, Replacing, ignore_sigterm
 from recipe import Recipe
 from run_folder import write_json
@@ -43,7 +43,6 @@ from training import AUTOCAST, Batch, Place
 from training_samplers import EpochBatches, SeededItems
 
 IGNORED = -100
-PREDICTOR = CLASSIFIER.rstrip(".")
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,12 @@ class Recipe:
     others_ratio: float = option(
         8.0, "stage two only, with BAGS: others for each foreground RoI of a group", least=0
     )
+    category_weights: Literal["none", "inverse_frequency", "class_balanced"] = option(
+        "none", "stage two only, with BAGS: weights of categories within their group"
+    )
+    tau: float = option(
+        1.0, "of `--method` tau_norm and tau_norm_select: power of the norms", least=0, most=10
+    )
     thresholds: tuple[int, ...] = option(
         (10, 100, 1000),
         "stage two only: training instances at which the next group begins; these groups are in "

@@ -1,4 +1,4 @@
-"""The trainings of a run: plain softmax, Balanced Group Softmax from there, and its control.
+"""The trainings of a run: plain softmax, and from there other methods, or more of the same.
 
 Each ends in a checkpoint `<name>.pt` in the run folder; until then `<name>.training.pt` is what an
 interrupted one goes on from.
@@ -6,6 +6,7 @@ interrupted one goes on from.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,9 +16,8 @@ import distributed
 import torch
 from checkpoints import Checkpoint, State
 from detection_data import make_transforms
-from detectors import CLASSIFIER, make_detector, place
+from detectors import CLASSIFIER, PREDICTOR, make_detector, place
 from feature_cache import (
-    PREDICTOR,
     CachedBatches,
     CachedClassifier,
     CacheOptions,
@@ -26,17 +26,21 @@ from feature_cache import (
     fill,
 )
 from loading import TrainingBatches, epoch_batches, steps_of
+from methods import METHODS, begin, training_data
+from nearest_means import Features, gather_means
+from pooled_class_mean import use_class_means
 from recipe import Recipe
 from resuming import check_same_run, note_broken, origin
 from run_data import Data
 from torch import nn
 from training import Job, train
 
-from balanced_group_softmax.adapters.torchvision import convert_to_bags, freeze
+from balanced_group_softmax.adapters.torchvision import freeze
 
 SOFTMAX, CONTINUED, BAGS = "softmax", "softmax_continued", "bags"
-STAGE_NUMBER = {SOFTMAX: 1, CONTINUED: 2, BAGS: 2}
-"""Both classifiers of stage two see the same images, flips and RoIs."""
+STAGE_NUMBER = {"softmax": 1, "bags": 2}
+"""All methods of a stage see the same images, flips and RoIs."""
+CLASS_MEANS: dict[str, Features] = {"ncm_fc": "fc", "ncm_conv": "conv"}
 Log = Callable[[int, dict[str, float]], None]
 
 
@@ -66,7 +70,7 @@ class Setting:
 
     def recipe(self, name: str) -> Recipe:
         """Return the recipe of a training."""
-        return self.recipes["softmax" if name == SOFTMAX else "bags"]
+        return self.recipes[METHODS[name].stage]
 
 
 def run_stage(setting: Setting, name: str, start: Checkpoint | None) -> Checkpoint:
@@ -74,8 +78,8 @@ def run_stage(setting: Setting, name: str, start: Checkpoint | None) -> Checkpoi
 
     Args:
         setting: Of the run.
-        name: Of the training.
-        start: What it starts from, which stage two needs.
+        name: Of the method.
+        start: What it starts from, which all but those from scratch need.
 
     Raises:
         OSError: A checkpoint cannot be read or written.
@@ -84,8 +88,10 @@ def run_stage(setting: Setting, name: str, start: Checkpoint | None) -> Checkpoi
         Interrupted: The process was asked to end.
     """
     done, partial = setting.folder / f"{name}.pt", setting.folder / f"{name}.training.pt"
-    recipe, data = setting.recipe(name), setting.data
-    wanted = None if name == SOFTMAX else setting.cache
+    method, recipe = METHODS[name], setting.recipe(name)
+    setting = on_its_data(setting, name)
+    data = setting.data
+    wanted = setting.cache if method.start == "softmax" and method.trains else None
     comes_from = origin(
         seed=setting.seed,
         data=data.train.fingerprint,
@@ -100,46 +106,103 @@ def run_stage(setting: Setting, name: str, start: Checkpoint | None) -> Checkpoi
             if distributed.is_first():
                 partial.unlink(missing_ok=True)  # of a run that was killed in between
             return resumed
-    data.train.transforms = make_transforms(flip=recipe.flip)
-    torch.manual_seed(setting.seed)
-    model = make_model(setting, name, start) if resumed is None else resumed.make_model()
-    place(model, recipe, setting.device)
-    if name == SOFTMAX:
-        parameters = [p for p in model.parameters() if p.requires_grad]
-    else:
-        parameters = freeze(model, recipe.train)
 
-    def content(training: State | None) -> Checkpoint:
+    def content(model: nn.Module, training: State | None) -> Checkpoint:
         state = model.state_dict()
         return Checkpoint(
             name, recipe, data.categories, state, data.val_files, comes_from, training
         )
 
+    torch.manual_seed(setting.seed)
+    if method.trains:
+        model = trained(setting, name, start, resumed, wanted, content)
+    else:
+        assert start is not None
+        model = without_training(setting, name, start)
+    stays = method.start == "softmax" and method.trains and recipe.train == "classifier"
+    if start is not None and stays:
+        check_frozen(start.model, model.state_dict())
+    finished = content(model, None)
+    if distributed.is_first():
+        finished.save(done)
+        partial.unlink(missing_ok=True)
+    distributed.barrier()
+    return finished
+
+
+def on_its_data(setting: Setting, name: str) -> Setting:
+    """Return the setting with what a method trains on."""
+    data = setting.data
+    own = training_data(name, data.train, data.categories.counts)
+    return dataclasses.replace(setting, data=dataclasses.replace(data, train=own))
+
+
+def trained(
+    setting: Setting,
+    name: str,
+    start: Checkpoint | None,
+    resumed: Checkpoint | None,
+    wanted: CacheOptions | None,
+    content: Callable[[nn.Module, State | None], Checkpoint],
+) -> nn.Module:
+    """Train a method's detector to the end, from its start or where it was interrupted.
+
+    Args:
+        setting: Of the run, with the method's data.
+        name: Of the method.
+        start: What it starts from.
+        resumed: A checkpoint of its training to go on from.
+        wanted: The features that it trains from; None to run the detector.
+        content: Returns a checkpoint of the detector and the state of training.
+    """
+    method, recipe, data = METHODS[name], setting.recipe(name), setting.data
+    data.train.transforms = make_transforms(flip=recipe.flip)
+    model = make_model(setting, name, start) if resumed is None else resumed.make_model()
+    place(model, recipe, setting.device)
+    if method.start == "scratch":
+        parameters = [p for p in model.parameters() if p.requires_grad]
+    else:
+        parameters = freeze(model, recipe.train)
+
     def save(state: State) -> None:
         note_broken(setting.folder, setting.broken, batches.broken)
         if distributed.is_first():
-            content({**state, "processes": distributed.world_size()}).save(partial)
+            checkpoint = content(model, {**state, "processes": distributed.world_size()})
+            checkpoint.save(setting.folder / f"{name}.training.pt")
 
-    cache, trained = None, model
+    cache, module = None, model
     if wanted is not None:
         assert start is not None
         cache = filled_cache(setting, wanted, start, recipe)
-        trained = CachedClassifier(model.get_submodule(PREDICTOR))
-    job, batches = make_job(setting, name, trained, parameters, save, cache)
+        module = CachedClassifier(model.get_submodule(PREDICTOR))
+    job, batches = make_job(setting, name, module, parameters, save, cache)
     if setting.after_epoch is not None:
         job.after_epoch = functools.partial(setting.after_epoch, name, model)
     training = None if resumed is None else resumed.training
     job.log = setting.logger(name, 0 if training is None else training["step"])
     train(job, training)
     note_broken(setting.folder, setting.broken, batches.broken)
-    if start is not None and name != SOFTMAX and recipe.train == "classifier":
-        check_frozen(start.model, model.state_dict())
-    finished = content(None)
-    if distributed.is_first():
-        finished.save(done)
-        partial.unlink(missing_ok=True)
-    distributed.barrier()
-    return finished
+    return model
+
+
+def without_training(setting: Setting, name: str, start: Checkpoint) -> nn.Module:
+    """Return a softmax detector with the classifier of a method that does not train."""
+    recipe, data = setting.recipe(name), setting.data
+    if name not in CLASS_MEANS:
+        return make_model(setting, name, start)
+    data.train.transforms = make_transforms()
+    model = start.make_model(recipe)
+    classifier, broken = gather_means(
+        place(model, recipe, setting.device),
+        data.train,
+        recipe,
+        CLASS_MEANS[name],
+        device=setting.device,
+        num_workers=setting.num_workers,
+        skip_broken=setting.skip_broken,
+    )
+    note_broken(setting.folder, setting.broken, broken)
+    return use_class_means(model, classifier)
 
 
 def _found(setting: Setting, done: Path, partial: Path) -> tuple[Path, Checkpoint] | None:
@@ -152,13 +215,11 @@ def _found(setting: Setting, done: Path, partial: Path) -> tuple[Path, Checkpoin
 
 def make_model(setting: Setting, name: str, start: Checkpoint | None) -> nn.Module:
     """Return the detector that a training begins with."""
-    recipe, categories = setting.recipe(name), setting.data.categories
+    recipe, data = setting.recipe(name), setting.data
     if start is None:
-        return make_detector(recipe, len(categories.ids))
-    model = start.make_model(recipe)
-    if name == BAGS:
-        convert_to_bags(model, categories.layout(recipe.thresholds), recipe.others_ratio)
-    return model
+        return make_detector(recipe, len(data.categories.ids))
+    layout, counts = data.categories.layout(recipe.thresholds), data.categories.counts
+    return begin(start.make_model(recipe), name, layout, counts, recipe, data.train)
 
 
 def make_job(
@@ -170,7 +231,7 @@ def make_job(
     cache: FeatureCache | None,
 ) -> tuple[Job, TrainingBatches | CachedBatches]:
     """Return a training and where its batches come from."""
-    recipe, number = setting.recipe(name), STAGE_NUMBER[name]
+    recipe, number = setting.recipe(name), STAGE_NUMBER[METHODS[name].stage]
     order = epoch_batches(
         setting.data.train,
         recipe,

@@ -10,6 +10,7 @@ import distributed
 import torch
 from checkpoints import Checkpoint, read_state
 from detectors import load_what_fits, make_detector
+from methods import METHODS
 from recipe import ARCHITECTURE, Recipe
 from run_data import Data
 from torch import nn
@@ -31,8 +32,10 @@ def start_of_stage_two(
     Raises:
         ValueError: It does not fit.
     """
-    if start.stage == "bags":
-        raise ValueError(f"{path}: Expected a detector with plain softmax to start from, got bags")
+    if METHODS[start.stage].has_own_classifier:
+        raise ValueError(
+            f"{path}: Expected a detector with plain softmax to start from, got {start.stage}"
+        )
     if start.training is not None:
         raise ValueError(
             f"{path}: Expected the checkpoint of a training that is over, got one of step "

@@ -41,18 +41,9 @@ import torch
 import torchvision
 from checkpoints import Checkpoint
 from detection_data import ImageError
-from feature_cache import CacheOptions
 from lvis_demo_data import seed_of, write_demo_data
 from lvis_evaluation import Metrics, check_installed
-from recipe import (
-    ARCHITECTURE,
-    FIELDS,
-    add_options,
-    given_options,
-    read_options,
-    recipes_of,
-    run_toml,
-)
+from recipe import FIELDS, given_options, recipes_of, run_toml
 from resuming import check_folder, noted_broken, origin
 from run_data import Files, describe, load_data, named_files
 from run_folder import make_run_folder, write_json, write_text
@@ -65,24 +56,20 @@ from run_results import (
     report_epoch,
     tables,
 )
-from stages import (
-    BAGS,
-    CONTINUED,
-    SOFTMAX,
-    Log,
-    Setting,
-    run_stage,
-)
+from stages import SOFTMAX, Log, Setting, run_stage
 from starting_points import start_of_stage_two, with_weights_of
 from training import Interrupted
+from training_arguments import (
+    DEMO,
+    cache_options,
+    check_arguments,
+    methods_of,
+    options_for,
+    parse_arguments,
+    run_options,
+    starts_from_softmax,
+)
 
-DEMO = Path(__file__).parent / "configs" / "demo.toml"
-STAGES = {
-    "compare": (SOFTMAX, CONTINUED, BAGS),
-    "softmax": (SOFTMAX,),
-    "continued": (CONTINUED,),
-    "bags": (BAGS,),
-}
 EFFECTIVE = "recipe.toml"
 FAILED = 2
 TERMINATED = 143
@@ -90,7 +77,7 @@ TERMINATED = 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    args = parse_arguments(argv, __doc__)
     try:
         check_arguments(args)
         device = distributed.local_device(args.device)
@@ -122,10 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Setting:
     """Read data and recipes, and say what will be done."""
-    options = [read_options(args.config or DEMO), given_options(args)]
-    recipes = recipes_of(*options)
-    in_stage_two = args.stage in ("continued", "bags")
-    start = Checkpoint.load(args.checkpoint) if in_stage_two else None
+    recipes = recipes_of(*options_for(args))
+    start = Checkpoint.load(args.checkpoint) if starts_from_softmax(args) else None
     if start is not None and not args.config and start.recipe.backbone != "small":
         raise ValueError(
             f"Expected `--config` with a detector of backbone {start.recipe.backbone}, got none: "
@@ -149,7 +134,8 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
         progress=distributed.is_first(),
     )
     if start is not None:
-        asked = options if args.config else options[1:]  # nobody asked for the demo's detector
+        # Nobody asked for the demo's detector.
+        asked = [options_for(args)[0] if args.config else {}, given_options(args)]
         given = {name for source in asked for table in source.values() for name in table}
         start, recipes["bags"] = start_of_stage_two(
             args.checkpoint, start, data, recipes["bags"], given & FIELDS.keys()
@@ -177,7 +163,7 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
             report_epoch(setting, name, model, epoch) if epoch % args.evaluate_every == 0 else None
         )
     identity = {
-        "stage": args.stage,
+        "stage": args.method or args.stage,
         **origin(
             seed=args.seed,
             data=data.train.fingerprint,
@@ -211,7 +197,7 @@ def run(args: argparse.Namespace, setting: Setting) -> None:
     started = time.perf_counter()
     folder, first = setting.folder, distributed.is_first()
     checkpoints: dict[str, Checkpoint] = {}
-    for name in STAGES[args.stage]:
+    for name in methods_of(args):
         start = checkpoints.get(SOFTMAX, setting.start)
         checkpoints[name] = run_stage(setting, name, start)
         if first:
@@ -228,7 +214,7 @@ def run(args: argparse.Namespace, setting: Setting) -> None:
         write_json(folder / "metrics.json", metrics)
         table = tables(setting, metrics)
         write_text(folder / "table.md", table)
-        if args.stage == "compare":
+        if len(checkpoints) > 1:
             draw(setting, checkpoints, metrics)
         write_json(folder / "run.json", summary(args, setting, trained, started))
         report_broken(setting)
@@ -310,129 +296,6 @@ def summary(
             "torchvision": torchvision.__version__,
         },
     }
-
-
-# --- command line -------------------------------------------------------------------------------
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--config", type=Path, metavar="TOML", help="recipe (default: the demo's)")
-    add("--stage", choices=STAGES, default="compare", help="what to train (default: compare)")
-    add(
-        "--checkpoint",
-        type=Path,
-        metavar="PT",
-        help="what to start from: for stage bags and continued the softmax.pt of stage softmax; "
-        "for stage softmax weights of any detector, of which is taken what fits",
-    )
-    add("--output", metavar="DIR", help="new or empty run folder (default: one under runs/)")
-    add(
-        "--resume",
-        nargs="?",
-        const="auto",
-        choices=("auto",),
-        help="go on in --output from the last checkpoint, or begin where there is none",
-    )
-    add("--seed", type=whole(0), default=0, help="of the drawn data and of training (default: 0)")
-    data = parser.add_argument_group("your own data (default: the demo's)")
-    data.add_argument("--annotations", metavar="JSON", help="training annotations, LVIS or COCO")
-    data.add_argument("--images", metavar="DIR", help="folder of the training images")
-    data.add_argument("--val-annotations", metavar="JSON", help="default: the training annotations")
-    data.add_argument("--val-images", metavar="DIR", help="folder of the validation images")
-    data.add_argument(
-        "--skip-broken", action="store_true", help="go past images that cannot be read; list them"
-    )
-    work = parser.add_argument_group("running")
-    add = work.add_argument
-    add("--device", help="such as cuda:1 or cpu (default: a GPU if there is one)")
-    add("--num-workers", type=whole(0), default=0, help="processes that load images (default: 0)")
-    add("--save-every", type=whole(1), default=500, metavar="STEPS", help="default: 500")
-    add(
-        "--evaluate-every",
-        type=whole(0),
-        default=0,
-        metavar="EPOCHS",
-        help="evaluate during training too (default: 0, at the end only)",
-    )
-    add(
-        "--cache-features",
-        type=Path,
-        metavar="DIR",
-        help="stage two: store what reaches the classifier here, and train from that",
-    )
-    add(
-        "--cache-draws",
-        type=whole(1),
-        default=CacheOptions.draws,
-        metavar="N",
-        help="times that it samples RoIs of each image, which epochs read in turn (default: 2)",
-    )
-    add(
-        "--cache-passes",
-        type=whole(1),
-        default=CacheOptions.passes,
-        metavar="N",
-        help="times that the detector runs over the images for that, each with other flips "
-        "(default: 1)",
-    )
-    add("--tensorboard", action="store_true", help="log losses for TensorBoard")
-    add_options(parser)
-    return parser.parse_args(argv)
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Check what does not need the data.
-
-    Raises:
-        OSError: The configuration cannot be read.
-        ValueError: Arguments do not go together, or an option has a bad value.
-    """
-    recipes = recipes_of(read_options(args.config or DEMO), given_options(args))
-    if args.stage == "compare":
-        for name in ARCHITECTURE:
-            one, two = (getattr(recipes[stage], name) for stage in ("softmax", "bags"))
-            if one != two:
-                raise ValueError(f"Expected the same `{name}` in both stages, got {one} and {two}")
-    if args.stage in ("compare", "softmax"):
-        recipes["softmax"].check_start(from_checkpoint=bool(args.checkpoint))
-    cache_options(args)
-    if args.resume and not args.output:
-        raise ValueError("Expected `--output` with `--resume`, got none")
-    if args.stage in ("continued", "bags") and not args.checkpoint:
-        raise ValueError(
-            f"Expected `--checkpoint` with `--stage {args.stage}`, a softmax detector to start from"
-        )
-
-
-def cache_options(args: argparse.Namespace) -> CacheOptions | None:
-    """Return what is asked of the feature cache; None without one."""
-    if args.cache_features is None:
-        return None
-    return CacheOptions(args.cache_features, args.cache_passes, args.cache_draws)
-
-
-def run_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options that are not the recipe's, as far as they were given."""
-    return {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in vars(args).items()
-        if "." not in key and value is not None
-    }
-
-
-def whole(least: int, most: int = 2**31) -> Any:
-    def parse(text: str) -> int:
-        value = int(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"Expected {least} to {most}, got {text}")
-        return value
-
-    parse.__name__ = "integer"  # argparse names it in its message
-    return parse
 
 
 def fail(error: BaseException, folder: Path | None, *, begun: bool = False) -> int:
