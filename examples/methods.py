@@ -53,6 +53,8 @@ class Method:
     """Whether it sees images with rare categories alone, and in them only those."""
     make: FromSoftmax | None = None
     """None keeps the plain linear layer."""
+    newer: bool = False
+    """Whether it is of after the paper."""
     kind: type[Any] | None = None
     """The class of its classifier, if a checkpoint says all about it."""
 
@@ -160,6 +162,7 @@ METHODS: dict[str, Method] = {
         options=_classifier,
         make=_with_counts(LogitAdjustedClassifier),
         kind=LogitAdjustedClassifier,
+        newer=True,
     ),
     "logit_adjustment": Method(
         "logit adjustment at test",
@@ -168,15 +171,28 @@ METHODS: dict[str, Method] = {
             linear, counts=counts, adjust="test"
         ),
         kind=LogitAdjustedClassifier,
+        newer=True,
     ),
     "seesaw": Method(
-        "Seesaw loss", options=_classifier, make=_plain(SeesawClassifier), kind=SeesawClassifier
+        "Seesaw loss",
+        options=_classifier,
+        make=_plain(SeesawClassifier),
+        kind=SeesawClassifier,
+        newer=True,
     ),
     "eql_v2": Method(
-        "EQL v2", options=_classifier, make=_plain(EQLv2Classifier), kind=EQLv2Classifier
+        "EQL v2",
+        options=_classifier,
+        make=_plain(EQLv2Classifier),
+        kind=EQLv2Classifier,
+        newer=True,
     ),
     "federated": Method(
-        "federated loss", options=_classifier, make=_federated, kind=FederatedClassifier
+        "federated loss",
+        options=_classifier,
+        make=_federated,
+        kind=FederatedClassifier,
+        newer=True,
     ),
 }
 

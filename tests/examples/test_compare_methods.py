@@ -1,0 +1,145 @@
+"""The comparison of methods: what it runs, what it holds against what, and that it goes on."""
+
+import json
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torchvision")
+pytest.importorskip("lvis")
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import compare_methods as compare
+import torchvision_lvis_train
+from checkpoints import Checkpoint
+from methods import METHODS
+from pipeline_cases import data_arguments
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+SHORT = ["--steps", "2", "--batch-size", "2", "--short-sides", "64", "--long-side", "128"]
+
+
+def arguments(few: Path, output: Path, *methods: str, seeds: str = "0") -> list[str]:
+    return [
+        *("--output", str(output), "--methods", *methods, "--seeds", *seeds.split()),
+        *(*data_arguments(few), *SHORT),
+    ]
+
+
+def test_a_comparison_and_more_of_it(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "comparison"
+    assert compare.main(arguments(few, folder, "bags", "tau_norm", seeds="0 1")) == 0
+    results = json.loads((folder / "results.json").read_text())
+    names = {"softmax", "softmax_continued", "bags", "tau_norm"}
+    assert set(results) == {"0", "1"}
+    assert all(set(found) == names for found in results.values())
+    assert (folder / "comparison.png").stat().st_size > 10_000
+
+    table = (folder / "table.md").read_text().splitlines()
+    cells = {row.split("|")[1].strip(): row.split("|")[2:] for row in table[2:]}
+    bags = [found["bags"]["AP"] for found in results.values()]
+    control = [found["softmax_continued"]["AP"] for found in results.values()]
+    assert cells["balanced group softmax"][0].strip() == f"{mean(bags):.1f} ± {stdev(bags):.1f}"
+    gains = [a - b for a, b in zip(bags, control, strict=True)]
+    assert cells["balanced group softmax"][6].strip() == f"{mean(gains):+.1f} ± {stdev(gains):.1f}"
+    assert cells["balanced group softmax"][8].strip() == "softmax, continued"
+    assert cells["tau-norm"][8].strip() == "softmax"
+
+    # What is there is not run again; a further method and seed are.
+    ran: list[str] = []
+    main = torchvision_lvis_train.main
+
+    def record(argv: list[str]) -> int:
+        ran.append(f"{argv[argv.index('--seed') + 1]} {argv[argv.index('--method') + 1]}")
+        return main(argv)
+
+    monkeypatch.setattr(torchvision_lvis_train, "main", record)
+    assert compare.main(arguments(few, folder, "bags", "x2", seeds="0 2")) == 0
+    assert ran == ["0 x2", "2 softmax", "2 x2", "2 bags", "2 softmax_continued"]
+    # With another recipe it is another comparison.
+    assert compare.main([*arguments(few, folder, "bags"), "--others-ratio", "2"]) == 2
+
+
+def test_one_detector_and_one_store_of_features(few: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "comparison"
+    assert compare.main(arguments(few, folder, "bags_ratio_1", "balanced_softmax", "x2")) == 0
+    place = folder / "seed-0"
+    softmax = Checkpoint.load(place / "softmax" / "softmax.pt")
+    for name in ("bags_ratio_1", "balanced_softmax", "x2", "softmax_continued"):
+        method = compare.ENTRIES[name].method
+        checkpoint = Checkpoint.load(place / name / f"{method}.pt")
+        assert checkpoint.origin["start"] == Checkpoint.load(place / "x2" / "x2.pt").origin["start"]
+        assert (checkpoint.origin["cache_draws"] > 0) == (name != "x2")
+    assert Checkpoint.load(place / "bags_ratio_1" / "bags.pt").recipe.others_ratio == 1
+    assert softmax.origin["cache_draws"] == 0
+
+
+def test_a_comparison_that_was_stopped_goes_on(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    folder = tmp_path / "comparison"
+    with monkeypatch.context() as patch:
+        save = Checkpoint.save
+
+        def fail(self: Checkpoint, path: Any) -> None:
+            if self.stage == "bags":
+                raise OSError("the disk is full")
+            save(self, path)
+
+        patch.setattr(Checkpoint, "save", fail)
+        assert compare.main(arguments(few, folder, "bags")) == 2
+    assert "the disk is full" in capsys.readouterr().err
+    assert compare.main(arguments(few, folder, "bags")) == 0
+    assert "bags" in json.loads((folder / "results.json").read_text())["0"]
+
+
+def test_every_line_has_a_control_that_is_run() -> None:
+    names = compare.chosen(["all"], SHORT)
+    assert set(names) == set(compare.ENTRIES)
+    for name in names:
+        assert compare.control_of(name, SHORT) in names
+    controls = {name: compare.control_of(name, SHORT) for name in names}
+    assert controls["bags"] == controls["seesaw"] == controls["reweight_cls"] == "softmax_continued"
+    assert controls["finetune_tail"] == controls["focal"] == controls["bags_all"] == "x2"
+    assert controls["rfs"] == controls["ncm_fc"] == controls["tau_norm"] == "softmax"
+    assert controls["bags_longer"] == "softmax_continued_longer"
+
+
+def test_sets_hold_what_they_say() -> None:
+    assert len(compare.SETS["paper"]) == 14
+    assert {"balanced_softmax", "seesaw", "eql_v2", "federated"} <= set(compare.SETS["newer"])
+    assert set(compare.SETS["all"]) >= set(METHODS)
+
+
+def test_longer_and_slower_follow_the_recipe(tmp_path: Path) -> None:
+    assert "20" in compare.own_options("bags_longer", ["--steps", "12"])
+    config = Path(torchvision_lvis_train.__file__).parent / "configs" / "faster_rcnn_r50.toml"
+    assert "20.0" in compare.own_options("bags_longer", ["--config", str(config)])
+    small = compare.own_options("bags_all_small_rate", ["--learning-rate", "0.5"])
+    assert small[-2:] == ["--bags.learning-rate", "0.05"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--seed", "3"], "Expected no `--seed`"),
+        (["--stage", "softmax"], "Expected no `--stage`"),
+        (["--config", "nowhere.toml"], "nowhere.toml"),
+        (["--annotations", "a.json"], "together"),
+    ],
+)
+def test_options_that_do_not_go(tmp_path: Path, capsys: Any, extra: list[str], said: str) -> None:
+    assert compare.main(["--output", str(tmp_path / "new"), *extra]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_with_other_files_is_left_alone(few: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "mine").write_text("")
+    assert compare.main(arguments(few, tmp_path, "bags")) == 2
+    assert "got other files" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
