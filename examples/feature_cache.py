@@ -1,15 +1,15 @@
 """RoI features of a frozen detector, stored once, so that its classifier trains from the disk.
 
 Stage two trains one linear layer, and yet each of its steps runs the whole detector to make what
-that layer reads. Here the detector runs over the data once, or a few times with other flips, and
-RoIs are drawn from its proposals a few times. What reaches the classifier is kept: features in
-bfloat16 and labels, both memory-mapped. Then an epoch is a matter of seconds to minutes. Epoch `e`
-reads draw `e % draws`.
+that layer reads. Here the detector runs over the images once, or a few times with other flips. What
+reaches the classifier is kept, for more RoIs of an image than a step takes: features in bfloat16
+and labels, both memory-mapped. Then an epoch, which draws from them anew, is a matter of seconds to
+minutes. Epoch `e` reads pass `e % passes`.
 
     folder/cache.json   what it was made of; another detector's cache is refused
-    folder/features     bfloat16 [draws, images, RoIs, F]
-    folder/labels       int32 [draws, images, RoIs]; -100 where an image has fewer RoIs
-    folder/done         uint8 [draws, images]; 1 when an image is stored
+    folder/features     bfloat16 [passes, images, RoIs, F]
+    folder/labels       int32 [passes, images, RoIs]; -100 where an image has fewer RoIs
+    folder/done         uint8 [passes, images]; 1 when an image is stored
     folder/broken-RANK  lines: what was wrong with images that others stand in for
 
 Several processes of one machine may fill it together, and a run that is killed goes on.
@@ -38,6 +38,7 @@ from run_folder import write_json
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from tqdm import tqdm
 from training import AUTOCAST, Batch, Place
 from training_samplers import EpochBatches, SeededItems
@@ -51,14 +52,8 @@ class CacheOptions:
 
     folder: Path
     passes: int = 1
-    draws: int = 2
-
-    def __post_init__(self) -> None:
-        if self.passes > self.draws:
-            raise ValueError(
-                f"Expected at least as many `--cache-draws` as `--cache-passes`, got {self.draws} "
-                f"and {self.passes}"
-            )
+    rois: int = 0
+    """Of each image; 0 for twice as many as train."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +62,9 @@ class Contents:
 
     passes: int
     """How often the detector runs over the images; each time with other flips and sizes."""
-    draws: int
-    """How often RoIs are sampled, over all passes."""
     images: int
     rois: int
+    """At most as many are kept of an image, and so many that train are drawn from them."""
     features: int
     seed: int
     flip: float
@@ -81,14 +75,10 @@ class Contents:
     data: str
     """Hash of the images, their boxes and labels."""
 
-    def draws_of(self, number: int) -> range:
-        """Return the draws that a pass makes: those of all passes take turns."""
-        return range(number, self.draws, self.passes)
-
     @property
     def num_bytes(self) -> int:
         """How large the files get at most."""
-        return self.draws * self.images * (self.rois * (2 * self.features + 4) + 1)
+        return self.passes * self.images * (self.rois * (2 * self.features + 4) + 1)
 
 
 class FeatureCache:
@@ -103,9 +93,9 @@ class FeatureCache:
         self.folder, self.contents = folder, contents
         distributed.first_does(self._prepare)
         c = contents
-        self.features = self._map("features", np.int16, (c.draws, c.images, c.rois, c.features))
-        self.labels = self._map("labels", np.int32, (c.draws, c.images, c.rois))
-        self.done = self._map("done", np.uint8, (c.draws, c.images))
+        self.features = self._map("features", np.int16, (c.passes, c.images, c.rois, c.features))
+        self.labels = self._map("labels", np.int32, (c.passes, c.images, c.rois))
+        self.done = self._map("done", np.uint8, (c.passes, c.images))
 
     def _prepare(self) -> None:
         about = self.folder / "cache.json"
@@ -128,7 +118,7 @@ class FeatureCache:
         if needed > free:
             raise OSError(
                 f"{self.folder}: Expected room for {gigabytes(needed)} of features, found "
-                f"{gigabytes(free)}; ask for fewer --cache-draws, or another folder"
+                f"{gigabytes(free)}; ask for fewer `--cache-rois`, or another folder"
             )
         write_json(about, asdict(self.contents))
         self._reserve()
@@ -145,7 +135,7 @@ class FeatureCache:
 
     def _sizes(self) -> dict[str, int]:
         c = self.contents
-        slots = c.draws * c.images
+        slots = c.passes * c.images
         return {
             "features": slots * c.rois * c.features * 2,
             "labels": slots * c.rois * 4,
@@ -167,21 +157,21 @@ class FeatureCache:
         with path.open("a", encoding="utf-8") as file:
             file.write(reason + "\n")
 
-    def put(self, draw: int, image: int, features: Tensor, labels: Tensor) -> None:
+    def put(self, number: int, image: int, features: Tensor, labels: Tensor) -> None:
         """Store an image's RoIs: float [n, F] and int64 [n], n at most `rois`."""
-        number = len(labels)
+        rows = len(labels)
         bits = features.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy()
-        self.features[draw, image, :number] = bits
-        self.labels[draw, image, :number] = labels.cpu().numpy()
-        self.labels[draw, image, number:] = IGNORED
-        self.done[draw, image] = 1  # after the rest: a kill in between leaves it to do
+        self.features[number, image, :rows] = bits
+        self.labels[number, image, :rows] = labels.cpu().numpy()
+        self.labels[number, image, rows:] = IGNORED
+        self.done[number, image] = 1  # after the rest: a kill in between leaves it to do
 
-    def get(self, draw: int, image: int) -> tuple[Tensor, Tensor]:
+    def get(self, number: int, image: int) -> tuple[Tensor, Tensor]:
         """Return what was stored: bfloat16 [n, F], int64 [n]."""
-        labels = torch.from_numpy(self.labels[draw, image].astype(np.int64))
-        number = int((labels != IGNORED).sum())
-        bits = torch.from_numpy(np.array(self.features[draw, image, :number]))
-        return bits.view(torch.bfloat16), labels[:number]
+        labels = torch.from_numpy(self.labels[number, image].astype(np.int64))
+        rows = int((labels != IGNORED).sum())
+        bits = torch.from_numpy(np.array(self.features[number, image, :rows]))
+        return bits.view(torch.bfloat16), labels[:rows]
 
 
 def gigabytes(number: int) -> str:
@@ -199,14 +189,23 @@ def contents_of(
     *,
     seed: int,
 ) -> Contents:
-    """Return what the cache of a softmax detector would hold."""
+    """Return what the cache of a softmax detector would hold.
+
+    Raises:
+        ValueError: It would hold fewer RoIs than train.
+    """
+    rois = options.rois or 2 * recipe.rois_per_image
+    if rois < recipe.rois_per_image:
+        raise ValueError(
+            f"Expected `--cache-rois` of at least {recipe.rois_per_image}, the RoIs of an image "
+            f"that train, got {rois}"
+        )
     classifier: Any = model.get_submodule(PREDICTOR)
     decisive = ("short_sides", "long_side", "foreground_share", "batch_size", "amp")
     return Contents(
         passes=options.passes,
-        draws=options.draws,
         images=len(dataset),
-        rois=recipe.rois_per_image,
+        rois=rois,
         features=classifier.in_features,
         seed=seed,
         flip=recipe.flip,
@@ -247,13 +246,13 @@ def fill(
             f"others stand in for: {cache.broken[0]}; repair the images and fill another folder"
         )
     contents = cache.contents
-    detector = _proposing_as_in_training(model)
+    detector = _proposing_as_in_training(model, contents.rois, recipe.foreground_share)
     place(detector, recipe, device)
     batches = list(_batches(contents, recipe.batch_size))
     mine = [
         (number, batch)
         for number, batch in batches[distributed.rank() :: distributed.world_size()]
-        if not cache.done[list(contents.draws_of(number))][:, batch].all()
+        if not cache.done[number, batch].all()
     ]
     source: Any = Replacing(dataset) if skip_broken else dataset
     loader = DataLoader(
@@ -285,46 +284,43 @@ def fill(
         ]
         torch.manual_seed(_seed(contents.seed, number, batch[0]))
         with torch.autocast(device.type, AUTOCAST.get(recipe.amp), enabled=recipe.amp != "off"):
-            sampled = roi_features(detector, images, targets, len(contents.draws_of(number)))
-        for draw, parts in zip(contents.draws_of(number), sampled, strict=True):
-            for image, (features, labels) in zip(batch, parts, strict=True):
-                cache.put(draw, image, features, labels)
+            found = roi_features(detector, images, targets)
+        for image, (features, labels) in zip(batch, found, strict=True):
+            cache.put(number, image, features, labels)
     distributed.barrier()
 
 
 @torch.no_grad()
 def roi_features(
-    detector: Any, images: list[Tensor], targets: list[dict[str, Tensor]], draws: int
-) -> list[list[tuple[Tensor, Tensor]]]:
-    """Return what reaches the classifier of a training step, in several draws of RoIs.
+    detector: Any, images: list[Tensor], targets: list[dict[str, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return what reaches the classifier of a training step: of each image features and labels.
 
     Args:
         detector: Its proposals are those of training.
         images: Float [3, H, W], in [0, 1].
         targets: Of each image `boxes`, [n, 4], and `labels`, [n].
-        draws: How often RoIs are sampled from the proposals.
 
     Returns:
-        For each draw and image features, [m, F], and labels, [m].
+        Of each image [m, F] and [m].
     """
     resized, targets = detector.transform(images, targets)
     pyramid = detector.backbone(resized.tensors)
     proposals, _ = detector.rpn(resized, pyramid)
-    heads, found = detector.roi_heads, []
-    for _ in range(draws):
-        boxes, _, labels, _ = heads.select_training_samples(proposals, targets)
-        features = heads.box_head(heads.box_roi_pool(pyramid, boxes, resized.image_sizes))
-        found.append(list(zip(features.split([len(part) for part in labels]), labels, strict=True)))
-    return found
+    heads = detector.roi_heads
+    boxes, _, labels, _ = heads.select_training_samples(proposals, targets)
+    features = heads.box_head(heads.box_roi_pool(pyramid, boxes, resized.image_sizes))
+    return list(zip(features.split([len(part) for part in labels]), labels, strict=True))
 
 
-def _proposing_as_in_training(model: nn.Module) -> nn.Module:
-    """Return a frozen copy that resizes and proposes as in training, but computes no losses."""
+def _proposing_as_in_training(model: nn.Module, rois: int, foreground_share: float) -> nn.Module:
+    """Return a frozen copy that resizes, proposes and samples as in training, without losses."""
     detector: Any = copy.deepcopy(model).eval()
     detector.transform.train()
     rpn = detector.rpn
     for limits in (rpn._pre_nms_top_n, rpn._post_nms_top_n):
         limits["testing"] = limits["training"]
+    detector.roi_heads.fg_bg_sampler = BalancedPositiveNegativeSampler(rois, foreground_share)
     return detector
 
 
@@ -370,8 +366,8 @@ class CachedClassifier(nn.Module):
 class CachedBatches:
     """The batches of training, from a cache in place of images; call it with the place."""
 
-    def __init__(self, cache: FeatureCache, batches: EpochBatches) -> None:
-        self.cache, self.batches = cache, batches
+    def __init__(self, cache: FeatureCache, batches: EpochBatches, recipe: Recipe) -> None:
+        self.cache, self.batches, self.recipe = cache, batches, recipe
         self.broken: dict[str, None] = {}
 
     def __call__(self, place: Place) -> Iterator[tuple[Place, Batch]]:
@@ -379,12 +375,39 @@ class CachedBatches:
         epoch, batch = place
         while True:
             self.batches.set_epoch(epoch, batch)
-            draw, last = epoch % self.cache.contents.draws, self.batches.num_batches
+            number, last = epoch % self.cache.contents.passes, self.batches.num_batches
             for items in self.batches:
                 batch += 1
-                yield (epoch, batch) if batch < last else (epoch + 1, 0), self._read(draw, items)
+                yield (epoch, batch) if batch < last else (epoch + 1, 0), self._read(number, items)
             epoch, batch = epoch + 1, 0
 
-    def _read(self, draw: int, items: Sequence[tuple[int, int]]) -> Batch:
-        found = [self.cache.get(draw, image) for image, _ in items]
+    def _read(self, number: int, items: Sequence[tuple[int, int]]) -> Batch:
+        found = []
+        for image, seed in items:
+            features, labels = self.cache.get(number, image)
+            rows = drawn(labels, self.recipe.rois_per_image, self.recipe.foreground_share, seed)
+            found.append((features[rows], labels[rows]))
         return [features for features, _ in found], [{"labels": labels} for _, labels in found]
+
+
+def drawn(labels: Tensor, number: int, foreground_share: float, seed: int) -> Tensor:
+    """Return which RoIs of an image a step takes, by the rule that torchvision has for it.
+
+    Args:
+        labels: [n]; 0 is background.
+        number: Of RoIs that are taken, if there are as many.
+        foreground_share: Of these at most.
+        seed: Of the draw.
+
+    Returns:
+        Their rows, int64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    foreground, background = ((labels > 0) == which for which in (True, False))
+    most = int(number * foreground_share)
+    parts = []
+    for rows in (foreground.nonzero()[:, 0], background.nonzero()[:, 0]):
+        chosen = torch.randperm(len(rows), generator=generator)[:most]
+        parts.append(rows[chosen])
+        most = number - len(parts[0])
+    return torch.cat(parts)

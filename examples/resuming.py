@@ -32,8 +32,8 @@ def origin(
         "seed": seed,
         "data": data[:16],
         "start": weights,
-        "cache_draws": 0 if cache is None else cache.draws,
         "cache_passes": 0 if cache is None else cache.passes,
+        "cache_rois": 0 if cache is None else cache.rois,
     }
 
 

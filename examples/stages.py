@@ -241,7 +241,7 @@ def make_job(
     )
     batches: TrainingBatches | CachedBatches
     if cache is not None:
-        batches = CachedBatches(cache, order)
+        batches = CachedBatches(cache, order, recipe)
     else:
         batches = TrainingBatches(
             setting.data.train,

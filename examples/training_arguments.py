@@ -82,19 +82,20 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
         help="stage two: store what reaches the classifier here, and train from that",
     )
     add(
-        "--cache-draws",
+        "--cache-rois",
         type=whole(1),
-        default=CacheOptions.draws,
+        default=CacheOptions.rois,
         metavar="N",
-        help="times that it samples RoIs of each image, which epochs read in turn (default: 2)",
+        help="RoIs of each image to store, from which each epoch draws those that train "
+        "(default: twice as many as train)",
     )
     add(
         "--cache-passes",
         type=whole(1),
         default=CacheOptions.passes,
         metavar="N",
-        help="times that the detector runs over the images for that, each with other flips "
-        "(default: 1)",
+        help="times that the detector runs over the images for it, each with other flips, which "
+        "epochs read in turn (default: 1)",
     )
     add("--tensorboard", action="store_true", help="log losses for TensorBoard")
     add_options(parser)
@@ -152,7 +153,7 @@ def cache_options(args: argparse.Namespace) -> CacheOptions | None:
     """Return what is asked of the feature cache; None without one."""
     if args.cache_features is None:
         return None
-    return CacheOptions(args.cache_features, args.cache_passes, args.cache_draws)
+    return CacheOptions(args.cache_features, args.cache_passes, args.cache_rois)
 
 
 def run_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -74,9 +74,9 @@ def test_one_detector_and_one_store_of_features(few: Path, tmp_path: Path) -> No
         method = compare.ENTRIES[name].method
         checkpoint = Checkpoint.load(place / name / f"{method}.pt")
         assert checkpoint.origin["start"] == Checkpoint.load(place / "x2" / "x2.pt").origin["start"]
-        assert (checkpoint.origin["cache_draws"] > 0) == (name != "x2")
+        assert (checkpoint.origin["cache_passes"] > 0) == (name != "x2")
     assert Checkpoint.load(place / "bags_ratio_1" / "bags.pt").recipe.others_ratio == 1
-    assert softmax.origin["cache_draws"] == 0
+    assert softmax.origin["cache_passes"] == 0
 
 
 def test_a_comparison_that_was_stopped_goes_on(

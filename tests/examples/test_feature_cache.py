@@ -19,7 +19,7 @@ import torchvision_lvis_train as example
 from checkpoints import Checkpoint
 from detection_data import LVISDetection, make_transforms
 from detectors import CLASSIFIER, make_detector
-from feature_cache import CachedBatches, CacheOptions, FeatureCache, contents_of, fill
+from feature_cache import CachedBatches, CacheOptions, FeatureCache, contents_of, drawn, fill
 from pipeline_cases import data_arguments
 from recipe import Recipe
 from training_samplers import EpochBatches
@@ -51,9 +51,9 @@ def model() -> torch.nn.Module:
 
 
 def filled(
-    path: Path, model: Any, dataset: LVISDetection, passes: int = 1, draws: int = 1
+    path: Path, model: Any, dataset: LVISDetection, passes: int = 1, rois: int = 12
 ) -> FeatureCache:
-    options = CacheOptions(path, passes, draws)
+    options = CacheOptions(path, passes, rois)
     cache = FeatureCache(path, contents_of(model, dataset, RECIPE, options, seed=0))
     fill(cache, model, dataset, RECIPE, device=CPU)
     return cache
@@ -97,19 +97,17 @@ def test_features_are_those_that_the_classifier_reads(
         assert (labels > 0).any()
 
 
-def test_draws_differ_and_a_broken_run_goes_on(
+def test_passes_differ_and_a_broken_run_goes_on(
     tmp_path: Path, model: Any, dataset: LVISDetection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = filled(tmp_path / "whole", model, dataset, passes=2, draws=4)
-    for one in range(4):
-        for two in range(one):
-            assert not np.array_equal(whole.features[one], whole.features[two])
+    whole = filled(tmp_path / "whole", model, dataset, passes=2)
+    assert not np.array_equal(whole.features[0], whole.features[1])
 
     put, stored = FeatureCache.put, 0
 
     def stop(self: FeatureCache, *args: Any) -> None:
         nonlocal stored
-        if stored == 13:
+        if stored == 5:
             raise KeyboardInterrupt
         stored += 1
         put(self, *args)
@@ -117,30 +115,58 @@ def test_draws_differ_and_a_broken_run_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(FeatureCache, "put", stop)
         with pytest.raises(KeyboardInterrupt):
-            filled(tmp_path / "broken", model, dataset, passes=2, draws=4)
-    again = filled(tmp_path / "broken", model, dataset, passes=2, draws=4)
+            filled(tmp_path / "broken", model, dataset, passes=2)
+    again = filled(tmp_path / "broken", model, dataset, passes=2)
     assert np.array_equal(again.features, whole.features)
     assert np.array_equal(again.labels, whole.labels)
 
 
-def test_draws_of_a_pass_see_one_flip(
+def test_passes_see_other_flips(
     tmp_path: Path, model: Any, dataset: LVISDetection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[float] = []
 
-    def look(detector: Any, images: Any, targets: Any, draws: int) -> Any:
+    def look(detector: Any, images: Any, targets: Any) -> Any:
         seen.extend(float(image[:, :, : image.shape[2] // 2].mean()) for image in images)
-        assert draws == [2, 1][len(seen) > len(dataset)]  # three draws of two passes
-        return whole(detector, images, targets, draws)
+        return whole(detector, images, targets)
 
     whole = feature_cache.roi_features
     monkeypatch.setattr(feature_cache, "roi_features", look)
-    cache = filled(tmp_path, model, dataset, passes=2, draws=3)
-    assert cache.done.all()
+    assert filled(tmp_path, model, dataset, passes=2).done.all()
     assert len(seen) == 2 * len(dataset)
     assert seen[: len(dataset)] != seen[len(dataset) :]
-    with pytest.raises(ValueError, match="at least as many `--cache-draws` as `--cache-passes`"):
-        CacheOptions(tmp_path, passes=3, draws=2)
+
+
+def test_more_rois_are_stored_than_train(
+    tmp_path: Path, model: Any, dataset: LVISDetection
+) -> None:
+    """With as many positives in proportion, and the same features for the same RoIs."""
+    few, many = (filled(tmp_path / f"{n}", model, dataset, rois=n) for n in (12, 48))
+    for image in range(len(dataset)):
+        features, labels = many.get(0, image)
+        assert 12 < len(labels) <= 48
+        assert (labels > 0).sum() <= 12
+        rows = {tuple(row.tolist()) for row in features.float()}
+        shared = [tuple(row.tolist()) in rows for row in few.get(0, image)[0].float()]
+        assert any(shared)
+    with pytest.raises(ValueError, match="Expected `--cache-rois` of at least 12"):
+        filled(tmp_path / "less", model, dataset, rois=11)
+
+
+def test_rois_are_drawn_by_the_rule_of_training() -> None:
+    labels = torch.tensor([0, 3, 0, 0, 1, 0, 0, 2, 0, 0, 0, 5])
+    seen = torch.zeros(len(labels), dtype=torch.int64)
+    for seed in range(300):
+        rows = drawn(labels, 6, 0.34, seed)
+        assert len(rows.unique()) == 6
+        assert (labels[rows] > 0).sum() == 2
+        seen[rows] += 1
+    # Each of four positives 150 times on average, each of eight negatives as well.
+    assert ((seen - 150).abs() < 45).all()
+    assert torch.equal(drawn(labels, 6, 0.34, 1), drawn(labels, 6, 0.34, 1))
+    assert (labels[drawn(labels, 8, 1.0, 0)] > 0).sum() == 4  # the rest is background
+    assert len(drawn(labels, 99, 0.5, 0)) == len(labels)
+    assert len(drawn(labels[:0], 8, 0.5, 0)) == 0
 
 
 def test_the_cache_of_another_detector_is_refused(
@@ -177,7 +203,7 @@ def test_too_little_room_is_told_before(
 
 
 def test_size_is_that_of_the_files(tmp_path: Path, model: Any, dataset: LVISDetection) -> None:
-    cache = filled(tmp_path / "cache", model, dataset, draws=2)
+    cache = filled(tmp_path / "cache", model, dataset, passes=2)
     sizes = [(tmp_path / "cache" / name).stat().st_size for name in ("features", "labels", "done")]
     assert cache.contents.num_bytes == sum(sizes)
 
@@ -187,7 +213,7 @@ def test_both_classifiers_train_from_it(few: Path, tmp_path: Path) -> None:
     arguments = [*data_arguments(few), "--steps", "4", "--batch-size", "2"]
     states = []
     for name in ("a", "b"):
-        cache = ["--cache-features", str(tmp_path / f"cache-{name}"), "--cache-draws", "2"]
+        cache = ["--cache-features", str(tmp_path / f"cache-{name}"), "--cache-passes", "2"]
         cache += ["--bags.amp", "float16"]
         assert example.main([*arguments, *cache, "--output", str(tmp_path / name)]) == 0
         states.append(
@@ -201,18 +227,19 @@ def test_both_classifiers_train_from_it(few: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a" / "metrics.json").read_text())["bags"]["AP"] is not None
 
 
-def test_an_epoch_reads_its_draw(tmp_path: Path, model: Any, dataset: LVISDetection) -> None:
-    cache = filled(tmp_path / "cache", model, dataset, draws=2)
+def test_an_epoch_reads_its_pass(tmp_path: Path, model: Any, dataset: LVISDetection) -> None:
+    cache = filled(tmp_path / "cache", model, dataset, passes=2)
     order = EpochBatches(len(dataset), 2, factors=None, sizes=None, seed=0)
-    read = iter(CachedBatches(cache, order)((0, 0)))
+    read = iter(CachedBatches(cache, order, RECIPE)((0, 0)))
     for epoch in range(3):
         order.set_epoch(epoch)
         for items in list(order):
             _, (features, targets) = next(read)
-            for (image, _), ours, target in zip(items, features, targets, strict=True):
+            for (image, seed), ours, target in zip(items, features, targets, strict=True):
                 wanted, labels = cache.get(epoch % 2, image)
-                assert torch.equal(ours, wanted)
-                assert torch.equal(target["labels"], labels)
+                rows = drawn(labels, RECIPE.rois_per_image, RECIPE.foreground_share, seed)
+                assert torch.equal(ours, wanted[rows])
+                assert torch.equal(target["labels"], labels[rows])
 
 
 def test_images_that_others_stand_in_for_are_remembered(

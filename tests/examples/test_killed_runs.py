@@ -97,7 +97,7 @@ def test_stage_two_from_stored_features(
     few: Path, whole: tuple[Path, float], tmp_path: Path
 ) -> None:
     """The cache is filled again as far as it was not."""
-    arguments = [*RECIPE, *data_arguments(few), "--stage", "bags", "--cache-draws", "2"]
+    arguments = [*RECIPE, *data_arguments(few), "--stage", "bags", "--cache-passes", "2"]
     arguments += ["--checkpoint", str(whole[0] / "softmax.pt"), "--cache-features"]
     begin = time.monotonic()
     run([*arguments, str(tmp_path / "cache"), "--output", str(tmp_path / "run")])

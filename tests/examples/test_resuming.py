@@ -60,7 +60,7 @@ def test_a_finished_run_is_evaluated_again(few: Path, softmax: Path, finished: P
     [
         (["--seed", "3"], "seed was 0 and is 3"),
         (["--bags.learning-rate", "0.5"], "learning_rate of bags was "),
-        (["--cache-features", "{tmp}/cache"], "cache_draws was 0 and is 2"),
+        (["--cache-features", "{tmp}/cache"], "cache_passes was 0 and is 1"),
     ],
 )
 def test_other_options_are_another_run(
