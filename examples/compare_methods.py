@@ -341,3 +341,7 @@ def check_options(shared: Sequence[str]) -> None:
     args = parse_arguments([*shared, "--method", "softmax"], None)
     check_arguments(args)
     named_files(args.annotations, args.images, args.val_annotations, args.val_images)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

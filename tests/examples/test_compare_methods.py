@@ -1,6 +1,7 @@
 """The comparison of methods: what it runs, what it holds against what, and that it goes on."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,7 +17,7 @@ import compare_methods as compare
 import torchvision_lvis_train
 from checkpoints import Checkpoint
 from methods import METHODS
-from pipeline_cases import data_arguments
+from pipeline_cases import data_arguments, environment
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SHORT = ["--steps", "2", "--batch-size", "2", "--short-sides", "64", "--long-side", "128"]
@@ -143,3 +144,16 @@ def test_a_folder_with_other_files_is_left_alone(few: Path, tmp_path: Path, caps
     assert compare.main(arguments(few, tmp_path, "bags")) == 2
     assert "got other files" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_it_is_a_program() -> None:
+    done = subprocess.run(
+        [sys.executable, str(Path(compare.__file__)), "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    for name in compare.ENTRIES:
+        assert f"  {name} " in done.stdout
