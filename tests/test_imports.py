@@ -162,6 +162,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "adapters.protocol": set(),
     "adapters.freezing": set(),
+    "discriminant": {"_arguments", "head", "layout", "sampling"},
     "cli": CORE_MODULES | {"_arguments", "tables", "rebalance", "legacy"},
 }
 
