@@ -163,9 +163,9 @@ def discriminant_rows(
 
     with the mean :math:`m_j` of a category or of all its group's others, the covariance around the
     means of the categories, and shares :math:`\pi_j` as the loss counts rows: others are
-    `others_ratio` times the foreground of the group, if there are as many. The rows of group 0 are zero: neither
-    background nor foreground is anything like normal. A category without rows is taken as others
-    that were seen once.
+    `others_ratio` times the foreground of the group, if there are as many. The rows of group 0 are
+    zero: neither background nor foreground is anything like normal. A category without rows is
+    taken as others that were seen once.
 
     Args:
         statistics: of the features that the head reads in training.

@@ -21,7 +21,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -246,20 +246,78 @@ def fill(
             f"others stand in for: {cache.broken[0]}; repair the images and fill another folder"
         )
     contents = cache.contents
-    detector = _proposing_as_in_training(model, contents.rois, recipe.foreground_share)
-    place(detector, recipe, device)
-    batches = list(_batches(contents, recipe.batch_size))
     mine = [
         (number, batch)
-        for number, batch in batches[distributed.rank() :: distributed.world_size()]
+        for number, batch in shared_batches(contents.passes, len(dataset), recipe.batch_size)
         if not cache.done[number, batch].all()
     ]
+    stored = rois_of(
+        model,
+        dataset,
+        recipe,
+        mine,
+        rois=contents.rois,
+        seed=contents.seed,
+        device=device,
+        num_workers=num_workers,
+        skip_broken=skip_broken,
+        note_broken=cache.note_broken,
+        title="Storing features",
+    )
+    for number, image, features, labels in stored:
+        cache.put(number, image, features, labels)
+    distributed.barrier()
+
+
+def shared_batches(passes: int, images: int, size: int) -> list[tuple[int, list[int]]]:
+    """Return this process's part of all batches: the pass, and the images that go together."""
+    batches = [
+        (number, list(range(first, min(first + size, images))))
+        for number in range(passes)
+        for first in range(0, images, size)
+    ]
+    return batches[distributed.rank() :: distributed.world_size()]
+
+
+def rois_of(
+    model: nn.Module,
+    dataset: LVISDetection,
+    recipe: Recipe,
+    batches: Sequence[tuple[int, Sequence[int]]],
+    *,
+    rois: int,
+    seed: int,
+    device: torch.device,
+    num_workers: int = 0,
+    skip_broken: bool = False,
+    note_broken: Callable[[str], None] = lambda reason: None,
+    title: str = "Features",
+) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Yield what reaches a softmax detector's classifier in training, image by image.
+
+    Args:
+        model: The detector; it is left as it is.
+        dataset: The training images, with the flips that training has.
+        recipe: Of stage two.
+        batches: Passes and the images that go together.
+        rois: Of each image at most.
+        seed: Of flips, sizes and RoIs.
+        device: Where to compute.
+        num_workers: Processes that load images.
+        skip_broken: Take the next image in place of one that cannot be read.
+        note_broken: Is told what was wrong with it.
+        title: Of the bar.
+
+    Yields:
+        Pass, image, features [m, F] and labels [m].
+    """
+    detector = _proposing_as_in_training(model, rois, recipe.foreground_share)
+    place(detector, recipe, device)
     source: Any = Replacing(dataset) if skip_broken else dataset
     loader = DataLoader(
         SeededItems(source),
         batch_sampler=[
-            [(image, _seed(contents.seed, number, image)) for image in batch]
-            for number, batch in mine
+            [(image, _seed(seed, number, image)) for image in batch] for number, batch in batches
         ],
         collate_fn=collate,
         num_workers=num_workers,
@@ -267,27 +325,26 @@ def fill(
         pin_memory=torch.cuda.is_available(),
     )
     bar = tqdm(
-        zip(mine, loader, strict=True),
-        "Storing features",
-        len(mine),
+        zip(batches, loader, strict=True),
+        title,
+        len(batches),
         unit="batch",
         disable=not distributed.is_first(),
     )
     for (number, batch), (images, targets) in bar:
         for target in targets:
             for reason in target.get(BROKEN, ()):
-                cache.note_broken(reason)
+                note_broken(reason)
         images = [image.to(device, non_blocking=True) for image in images]
         targets = [
             {key: target[key].to(device, non_blocking=True) for key in ("boxes", "labels")}
             for target in targets
         ]
-        torch.manual_seed(_seed(contents.seed, number, batch[0]))
+        torch.manual_seed(_seed(seed, number, batch[0]))
         with torch.autocast(device.type, AUTOCAST.get(recipe.amp), enabled=recipe.amp != "off"):
             found = roi_features(detector, images, targets)
         for image, (features, labels) in zip(batch, found, strict=True):
-            cache.put(number, image, features, labels)
-    distributed.barrier()
+            yield number, image, features, labels
 
 
 @torch.no_grad()
@@ -322,13 +379,6 @@ def _proposing_as_in_training(model: nn.Module, rois: int, foreground_share: flo
         limits["testing"] = limits["training"]
     detector.roi_heads.fg_bg_sampler = BalancedPositiveNegativeSampler(rois, foreground_share)
     return detector
-
-
-def _batches(contents: Contents, size: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield passes and the images that they look at together."""
-    for number in range(contents.passes):
-        for first in range(0, contents.images, size):
-            yield number, list(range(first, min(first + size, contents.images)))
 
 
 def _seed(seed: int, number: int, image: int) -> int:

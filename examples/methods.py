@@ -53,6 +53,8 @@ class Method:
     """Whether it sees images with rare categories alone, and in them only those."""
     make: FromSoftmax | None = None
     """None keeps the plain linear layer."""
+    discriminant: bool = False
+    """Whether its head starts with the discriminant of the features."""
     newer: bool = False
     """Whether it is of after the paper."""
     kind: type[Any] | None = None
@@ -156,6 +158,9 @@ METHODS: dict[str, Method] = {
         kind=TauSelectClassifier,
     ),
     "bags": Method("balanced group softmax", 14, kind=BAGSHead),
+    "bags_discriminant": Method(
+        "BAGS, discriminant start", options=_classifier, kind=BAGSHead, discriminant=True
+    ),
     "softmax_continued": Method("softmax, continued", options=_classifier),
     "balanced_softmax": Method(
         "Balanced Softmax",
@@ -221,7 +226,7 @@ def begin(
         recipe: The method's.
         data: What it trains on.
     """
-    if name == "bags":
+    if METHODS[name].kind is BAGSHead:
         return _to_bags(model, layout, counts, recipe)
     make = METHODS[name].make
     if make is None:
@@ -254,9 +259,9 @@ def restore(
         recipe: The method's.
         state: The detector's state dict.
     """
-    if name == "bags":
-        return _to_bags(model, layout, counts, recipe)
     kind = METHODS[name].kind
+    if kind is BAGSHead:
+        return _to_bags(model, layout, counts, recipe)
     if kind is None:
         return model
     classifier = kind.from_state_dict(state, f"{PREDICTOR}.")

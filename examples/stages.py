@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import distributed
 import torch
 from checkpoints import Checkpoint, State
 from detection_data import make_transforms
 from detectors import CLASSIFIER, PREDICTOR, make_detector, place
+from discriminant_start import start_with_discriminant, stored_rows
 from feature_cache import (
     CachedBatches,
     CachedClassifier,
@@ -24,6 +26,8 @@ from feature_cache import (
     FeatureCache,
     contents_of,
     fill,
+    rois_of,
+    shared_batches,
 )
 from loading import TrainingBatches, epoch_batches, steps_of
 from methods import METHODS, begin, training_data
@@ -32,7 +36,7 @@ from pooled_class_mean import use_class_means
 from recipe import Recipe
 from resuming import check_same_run, note_broken, origin
 from run_data import Data
-from torch import nn
+from torch import Tensor, nn
 from training import Job, train
 
 from balanced_group_softmax.adapters.torchvision import freeze
@@ -175,6 +179,11 @@ def trained(
         assert start is not None
         cache = filled_cache(setting, wanted, start, recipe)
         module = CachedClassifier(model.get_submodule(PREDICTOR))
+    if method.discriminant and resumed is None:
+        assert start is not None
+        head: Any = model.get_submodule(PREDICTOR)
+        rows = stored_rows(cache) if cache is not None else seen_rows(setting, start, recipe)
+        start_with_discriminant(head, data.categories.counts, recipe, rows)
     job, batches = make_job(setting, name, module, parameters, save, cache)
     if setting.after_epoch is not None:
         job.after_epoch = functools.partial(setting.after_epoch, name, model)
@@ -262,6 +271,28 @@ def make_job(
         save_every=setting.save_every,
     )
     return job, batches
+
+
+def seen_rows(
+    setting: Setting, start: Checkpoint, recipe: Recipe
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield features and labels of one pass of a softmax detector over the data."""
+    data, broken = setting.data.train, dict[str, None]()
+    rows = rois_of(
+        start.make_model(recipe),
+        data,
+        recipe,
+        shared_batches(1, len(data), recipe.batch_size),
+        rois=2 * recipe.rois_per_image,
+        seed=setting.seed,
+        device=setting.device,
+        num_workers=setting.num_workers,
+        skip_broken=setting.skip_broken,
+        note_broken=lambda reason: broken.update({reason: None}),
+    )
+    for _, _, features, labels in rows:
+        yield features, labels
+    note_broken(setting.folder, setting.broken, broken)
 
 
 def filled_cache(

@@ -14,14 +14,18 @@ pytest.importorskip("lvis")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import nearest_means
+import stages
 import torchvision_lvis_train as example
 from checkpoints import Checkpoint
 from detection_data import LVISDetection
 from detectors import CLASSIFIER, PREDICTOR
+from discriminant_start import strengths
 from methods import METHODS, image_counts, options_of, training_data
 from pipeline_cases import assert_same_state, data_arguments
 from recipe import Recipe, read_options, recipes_of
 
+from balanced_group_softmax import GroupLayout
+from balanced_group_softmax.discriminant import FeatureStatistics, discriminant_rows
 from balanced_group_softmax.rebalance.class_weights import (
     class_balanced_weights,
     inverse_frequency_weights,
@@ -262,3 +266,59 @@ def test_means_are_those_of_the_annotated_boxes(few: Path, softmax: Path, kind: 
     means = made.class_means if kind == "fc" else made.pooled.class_means
     assert torch.allclose(means, expected, atol=1e-4)
     assert [len(rows) for rows in found.values()] == list(start.categories.counts)
+
+
+def test_the_discriminant_start_is_made_once(
+    few: Path, tmp_path: Path, softmax: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a cache and without one it is the same; a run that goes on has it already."""
+    starts: list[torch.Tensor] = []
+    rows: list[list[Any]] = []
+    begin = stages.start_with_discriminant
+
+    def look(head: Any, counts: Any, recipe: Recipe, seen: Any) -> None:
+        rows.append(list(seen))
+        begin(head, counts, recipe, iter(rows[-1]))
+        starts.append(head.fc.weight.detach().clone())
+
+    monkeypatch.setattr(stages, "start_with_discriminant", look)
+    options = ["--thresholds", "5", "100", "--others-ratio", "2"]
+    cache = ["--cache-features", str(tmp_path / "cache")]
+    name = "bags_discriminant"
+    checkpoint = trained(few, tmp_path / "a", name, softmax, *options, *cache)
+    trained(few, tmp_path / "b", name, softmax, *options)
+    for (one, labels), (two, others) in zip(*rows, strict=True):
+        assert torch.equal(labels, others)
+        assert torch.equal(one, two.bfloat16())
+
+    plain = trained(few, tmp_path / "c", "bags", softmax, *options, "--learning-rate", "1e-12")
+    layout = checkpoint.categories.layout((5, 100))
+    statistics = FeatureStatistics(layout, starts[0].shape[1])
+    for features, labels in rows[1]:
+        statistics.update(features, labels)
+    weight, _ = discriminant_rows(statistics, others_ratio=2)
+    added = starts[1] - plain.model[f"{CLASSIFIER}fc.weight"]
+    assert torch.allclose(added, 0.1 * weight.float(), rtol=1e-3, atol=1e-3)
+    assert added.abs().max() > 1e-3
+
+    interrupted = ["--method", name, "--checkpoint", str(softmax), *options, "--steps", "6"]
+    with pytest.MonkeyPatch.context() as patch:
+        save = Checkpoint.save
+
+        def once(self: Checkpoint, path: Any) -> None:
+            save(self, path)
+            raise OSError("no more")
+
+        patch.setattr(Checkpoint, "save", once)
+        assert run(few, tmp_path / "d", *interrupted, "--save-every", "3") == 2
+    assert len(starts) == 3
+    assert run(few, tmp_path / "d", *interrupted, "--resume") == 0
+    assert len(starts) == 3
+
+
+def test_only_rare_groups_get_the_discriminant() -> None:
+    counts = (3, 2500, 40, 7, 600, 99)
+    layout = GroupLayout.from_counts(counts)
+    assert strengths(layout, counts, 0.3) == [0.3, 0.3, 0.0, 0.0]
+    wide = GroupLayout.from_counts(counts, thresholds=(50, 700))
+    assert strengths(wide, counts, 0.3) == [0.3, 0.0, 0.0]
