@@ -1,14 +1,15 @@
-"""A better start for the head on frozen features: discriminant analysis, group by group.
+"""More from frozen features: discriminant analysis, group by group, beside the trained head.
 
-Stage two trains a linear layer on features that do not change. What a linear layer makes of a
-category with five examples depends much on where it starts: its softmax row, which had as few
-examples, or the place that the means of the categories and the spread around them give it. One pass
-over the features gathers these, and `add_discriminant` adds them to a head before it trains.
+Stage two trains a linear layer on features that do not change. A row that five examples have
+trained is poor, while the mean of five examples, and the spread around means that all categories
+share, are known better. One pass over the features gathers these (`FeatureStatistics`). They serve
+twice: `add_discriminant` gives a head a better start; `DiscriminantHead` also asks them at test.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from balanced_group_softmax.head import BAGSHead
 from balanced_group_softmax.layout import GroupLayout
 from balanced_group_softmax.sampling import check_labels, check_layout
 
-__all__ = ["FeatureStatistics", "add_discriminant", "discriminant_rows"]
+__all__ = ["DiscriminantHead", "FeatureStatistics", "add_discriminant", "discriminant_rows"]
 
 
 class FeatureStatistics:
@@ -253,22 +254,8 @@ def add_discriminant(
     """
     if not isinstance(head, BAGSHead):
         raise TypeError(f"Expected `head` to be a BAGSHead, got {type(head).__name__}")
-    weight, bias = discriminant_rows(
-        statistics, others_ratio=head.others_ratio, shrinkage=shrinkage
-    )
-    layout = statistics.layout
-    differences = head.layout.differences(layout)
-    if differences:
-        raise ValueError(
-            f"Expected `statistics` of the head's layout, got another: {'; '.join(differences)}"
-        )
-    if statistics.num_features != head.in_features:
-        raise ValueError(
-            f"Expected `statistics` of {head.in_features} features, which the head reads, got "
-            f"{statistics.num_features}"
-        )
-    if head.fc.bias is None:
-        raise ValueError("Expected `head` with a bias, got one without")
+    weight, bias = _rows_for(head, statistics, shrinkage)
+    layout = head.layout
     if isinstance(strength, Sequence):
         strengths = [as_float(value, "strength", lowest=0) for value in strength]
         if len(strengths) != len(layout.groups):
@@ -283,3 +270,136 @@ def add_discriminant(
         columns = slice(start, start + 1 + len(group))
         head.fc.weight[columns] += (factor * weight[columns]).to(head.fc.weight)
         head.fc.bias[columns] += (factor * bias[columns]).to(head.fc.bias)
+
+
+def _rows_for(
+    head: BAGSHead, statistics: FeatureStatistics, shrinkage: float
+) -> tuple[Tensor, Tensor]:
+    """`discriminant_rows` for a head, if the statistics are of what it reads."""
+    weight, bias = discriminant_rows(
+        statistics, others_ratio=head.others_ratio, shrinkage=shrinkage
+    )
+    differences = head.layout.differences(statistics.layout)
+    if differences:
+        raise ValueError(
+            f"Expected `statistics` of the head's layout, got another: {'; '.join(differences)}"
+        )
+    if statistics.num_features != head.in_features:
+        raise ValueError(
+            f"Expected `statistics` of {head.in_features} features, which the head reads, got "
+            f"{statistics.num_features}"
+        )
+    if head.fc.bias is None:
+        raise ValueError("Expected `head` with a bias, got one without")
+    return weight, bias
+
+
+class DiscriminantHead(BAGSHead):
+    r"""A `BAGSHead` whose scores are the mean with discriminant analysis in each group.
+
+    .. math:: s_c = \tfrac12 \big(p_g(c) + q_g(c)\big) \, p_0(fg)
+
+    with :math:`p` of the trained linear layer and :math:`q` of the analysis, which is fixed
+    (`discriminant_rows`). Background against foreground is the trained layer's alone. Without
+    background it is the mean of both joint scores.
+
+    `forward` returns the logits of both, [R, 2 L]; loss and scores take these. Make it with
+    `from_linear`, `fit` it once to statistics of the features, and train: until it is fitted its
+    analysis knows nothing, all of a group alike. The state dict is that of `BAGSHead` with
+    `discriminant_weight` and `discriminant_bias`.
+
+    Args:
+        in_features: width of the features.
+        layout: the groups.
+        **settings: as for `BAGSHead`.
+
+    Source: this library; docs/study.md has how it was chosen and what it gives.
+
+    Example:
+        >>> layout = GroupLayout.from_counts([3, 2500])
+        >>> head, statistics = DiscriminantHead(4, layout), FeatureStatistics(layout, 4)
+        >>> features, labels = torch.randn(30, 4), torch.arange(30) % 3
+        >>> statistics.update(features, labels)
+        >>> head.fit(statistics)
+        >>> logits = head(features)
+        >>> head.loss(logits, labels).backward()
+        >>> logits.shape, head.scores(logits).shape
+        (torch.Size([30, 12]), torch.Size([30, 3]))
+    """
+
+    discriminant_weight: Tensor
+    discriminant_bias: Tensor
+
+    def __init__(self, in_features: int, layout: GroupLayout, **settings: Any) -> None:
+        super().__init__(in_features, layout, **settings)
+        weight = self.fc.weight.detach()
+        self.register_buffer("discriminant_weight", torch.zeros_like(weight))
+        self.register_buffer("discriminant_bias", torch.zeros_like(weight[:, 0]))
+
+    @classmethod
+    def from_linear(
+        cls, linear: torch.nn.Linear, layout: GroupLayout, **settings: Any
+    ) -> DiscriminantHead:
+        """Start the linear layer from a trained softmax classifier; see `BAGSHead.from_linear`."""
+        head = super().from_linear(linear, layout, **settings)
+        assert isinstance(head, DiscriminantHead)
+        head.discriminant_weight.zero_()
+        head.discriminant_bias.zero_()
+        return head
+
+    @torch.no_grad()
+    def fit(
+        self,
+        statistics: FeatureStatistics,
+        *,
+        strength: float | Sequence[float] = 0.1,
+        shrinkage: float = 0.1,
+    ) -> None:
+        """Take the analysis from statistics of the features, and let the linear layer start there.
+
+        Args:
+            statistics: of the features that the head reads in training.
+            strength: of the start, as for `add_discriminant`; 0 for none.
+            shrinkage: as for `discriminant_rows`.
+
+        Raises:
+            TypeError: if an argument is of the wrong type.
+            ValueError: as for `add_discriminant`.
+        """
+        add_discriminant(self, statistics, strength=strength, shrinkage=shrinkage)
+        weight, bias = _rows_for(self, statistics, shrinkage)
+        self.discriminant_weight.copy_(weight)
+        self.discriminant_bias.copy_(bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Group logits [R, 2 L] of `features` [R, in_features]: trained, then of the analysis."""
+        # Sums of large terms that nearly cancel: not in 8 or 11 bits, whatever autocast says.
+        with torch.autocast(features.device.type, enabled=False):
+            wide = torch.promote_types(features.dtype, torch.float32)
+            fixed = features.to(wide) @ self.discriminant_weight.to(wide).T
+            fixed = fixed + self.discriminant_bias.to(wide)
+        trained = super().forward(features)
+        return torch.cat([trained.to(fixed.dtype), fixed.detach()], dim=1)
+
+    def _loss(
+        self, logits: Tensor, labels: Tensor, generator: torch.Generator | None, reduction: str
+    ) -> Tensor:
+        return super()._loss(self._halves(logits)[0], labels, generator, reduction)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Scores [R, num_labels] of `logits` [R, 2 L], columns in the label convention."""
+        trained, fixed = self._halves(logits)
+        own = self.layout.num_logits - sum(1 + len(group) for group in self.layout.groups)
+        fixed = torch.cat([trained[:, :own], fixed[:, own:]], dim=1)
+        return (super().scores(trained) + super().scores(fixed)) / 2
+
+    def _halves(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        width = self.layout.num_logits
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"Expected `logits` to be a Tensor, got {type(logits).__name__}")
+        if logits.ndim != 2 or logits.shape[1] != 2 * width:
+            raise ValueError(
+                f"Expected `logits` of shape [R, {2 * width}], of `forward`, got "
+                f"{list(logits.shape)}"
+            )
+        return logits[:, :width], logits[:, width:]

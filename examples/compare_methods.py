@@ -11,9 +11,9 @@ makes of as many steps, since a detector that is trained on gets better by itsel
 - the softmax detector itself for what does not train, or trains from scratch.
 
 `--methods` takes names, of which `--help` has a list, or `paper` (the rows of the paper's table),
-`newer`, `ablations`, `all`. All other options are those of torchvision_lvis_train.py, such as
-`--config`, `--annotations` and `--images`; without them the data set of the demo is drawn anew for
-each seed. The same command goes on where it was stopped; more methods and seeds can be added.
+`newer`, `improved`, `ablations`, `all`. All other options are those of torchvision_lvis_train.py,
+such as `--config`, `--annotations` and `--images`; without them the data set of the demo is drawn
+anew for each seed. The same command goes on where it was stopped; methods and seeds can be added.
 
 In the folder: `table.md`, `comparison.png`, `results.json`, and a run folder for each method.
 """
@@ -95,6 +95,7 @@ ENTRIES = {name: Entry(method.title, name) for name, method in METHODS.items()} 
 SETS = {
     "paper": [name for name, method in METHODS.items() if method.row],
     "newer": [name for name, method in METHODS.items() if method.newer],
+    "improved": [name for name, method in METHODS.items() if method.discriminant],
     "ablations": list(ABLATIONS),
     "all": list(ENTRIES),
 }
@@ -311,10 +312,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=["paper", "newer"],
+        default=["paper", "newer", "improved"],
         choices=[*SETS, *ENTRIES],
         metavar="NAME",
-        help="names or sets (default: paper newer)",
+        help="names or sets (default: paper newer improved)",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new, or begun")

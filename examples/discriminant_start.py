@@ -1,4 +1,4 @@
-"""The start of `--method bags_discriminant`: what a pass over the data tells of its categories."""
+"""For `--method bags_discriminant`: what a pass over the data tells of its categories."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from recipe import Recipe
 from torch import Tensor
 
 from balanced_group_softmax import BAGSHead, GroupLayout
-from balanced_group_softmax.discriminant import FeatureStatistics, add_discriminant
+from balanced_group_softmax.discriminant import (
+    DiscriminantHead,
+    FeatureStatistics,
+    add_discriminant,
+)
 
 BELOW = 100
-"""Groups of categories with fewer training instances get the discriminant."""
+"""Groups of categories with fewer training instances start with it."""
 
 
 def start_with_discriminant(
     head: BAGSHead, counts: tuple[int, ...], recipe: Recipe, rows: Iterable[tuple[Tensor, Tensor]]
 ) -> None:
-    """Add the discriminant of features to a head, in place.
+    """Give a head, in place, the discriminant of the features: as its start, and to keep if it can.
 
     Args:
         head: As it starts from the softmax classifier.
@@ -32,7 +36,11 @@ def start_with_discriminant(
     for features, labels in rows:
         statistics.update(features, labels)
     statistics.all_reduce()
-    add_discriminant(head, statistics, strength=strengths(head.layout, counts, recipe.discriminant))
+    strength = strengths(head.layout, counts, recipe.discriminant)
+    if isinstance(head, DiscriminantHead):
+        head.fit(statistics, strength=strength)
+    else:
+        add_discriminant(head, statistics, strength=strength)
 
 
 def strengths(layout: GroupLayout, counts: tuple[int, ...], strength: float) -> list[float]:

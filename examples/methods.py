@@ -19,7 +19,8 @@ from recipe import Recipe
 from torch import nn
 
 from balanced_group_softmax import BAGSHead, GroupLayout
-from balanced_group_softmax.adapters.torchvision import convert_classifier, convert_to_bags
+from balanced_group_softmax.adapters.torchvision import convert_classifier
+from balanced_group_softmax.discriminant import DiscriminantHead
 from balanced_group_softmax.rebalance import class_weights
 from balanced_group_softmax.rebalance.eql_v2 import EQLv2Classifier
 from balanced_group_softmax.rebalance.federated import FederatedClassifier
@@ -54,7 +55,7 @@ class Method:
     make: FromSoftmax | None = None
     """None keeps the plain linear layer."""
     discriminant: bool = False
-    """Whether its head starts with the discriminant of the features."""
+    """Whether its head is given the discriminant of the features."""
     newer: bool = False
     """Whether it is of after the paper."""
     kind: type[Any] | None = None
@@ -158,8 +159,11 @@ METHODS: dict[str, Method] = {
         kind=TauSelectClassifier,
     ),
     "bags": Method("balanced group softmax", 14, kind=BAGSHead),
-    "bags_discriminant": Method(
+    "bags_discriminant_start": Method(
         "BAGS, discriminant start", options=_classifier, kind=BAGSHead, discriminant=True
+    ),
+    "bags_discriminant": Method(
+        "BAGS with discriminant", options=_classifier, kind=DiscriminantHead, discriminant=True
     ),
     "softmax_continued": Method("softmax, continued", options=_classifier),
     "balanced_softmax": Method(
@@ -202,6 +206,10 @@ METHODS: dict[str, Method] = {
 }
 
 
+GROUPED: dict[Any, type[BAGSHead]] = {kind: kind for kind in (BAGSHead, DiscriminantHead)}
+"""Heads of groups; what else they are made of is in the recipe and the counts."""
+
+
 def options_of(name: str, recipes: Mapping[str, Recipe]) -> dict[str, dict[str, Any]]:
     """Return the options that a method sets, as `read_options` does, given those of a file."""
     method = METHODS[name]
@@ -226,8 +234,8 @@ def begin(
         recipe: The method's.
         data: What it trains on.
     """
-    if METHODS[name].kind is BAGSHead:
-        return _to_bags(model, layout, counts, recipe)
+    if METHODS[name].kind in GROUPED:
+        return _to_bags(model, name, layout, counts, recipe)
     make = METHODS[name].make
     if make is None:
         return model
@@ -260,8 +268,8 @@ def restore(
         state: The detector's state dict.
     """
     kind = METHODS[name].kind
-    if kind is BAGSHead:
-        return _to_bags(model, layout, counts, recipe)
+    if kind in GROUPED:
+        return _to_bags(model, name, layout, counts, recipe)
     if kind is None:
         return model
     classifier = kind.from_state_dict(state, f"{PREDICTOR}.")
@@ -270,9 +278,17 @@ def restore(
     return convert_classifier(model, classifier)
 
 
-def _to_bags(model: nn.Module, layout: GroupLayout, counts: Counts, recipe: Recipe) -> nn.Module:
-    weights = weights_within_groups(recipe.category_weights, layout, counts)
-    return convert_to_bags(model, layout, recipe.others_ratio, category_weights=weights)
+def _to_bags(
+    model: nn.Module, name: str, layout: GroupLayout, counts: Counts, recipe: Recipe
+) -> nn.Module:
+    linear: Any = model.get_submodule(PREDICTOR)
+    head = GROUPED[METHODS[name].kind].from_linear(
+        linear,
+        layout,
+        others_ratio=recipe.others_ratio,
+        category_weights=weights_within_groups(recipe.category_weights, layout, counts),
+    )
+    return convert_classifier(model, head)
 
 
 def image_counts(data: LVISDetection) -> list[int]:

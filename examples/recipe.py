@@ -106,7 +106,10 @@ class Recipe:
         1.0, "of `--method` tau_norm and tau_norm_select: power of the norms", least=0, most=10
     )
     discriminant: float = option(
-        0.1, "of `--method` bags_discriminant: strength of the discriminant start", least=0, most=10
+        0.1,
+        "of `--method` bags_discriminant and bags_discriminant_start: strength of the start",
+        least=0,
+        most=10,
     )
     thresholds: tuple[int, ...] = option(
         (10, 100, 1000),

@@ -1,14 +1,18 @@
 """The discriminant start: its rows are the normal model's, and it touches what it should."""
 
+import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from balanced_group_softmax import BAGSHead, GroupLayout
+from balanced_group_softmax import BAGSHead, GroupLayout, grouped_softmax_scores
+from balanced_group_softmax.adapters.protocol import check_classifier
 from balanced_group_softmax.discriminant import (
+    DiscriminantHead,
     FeatureStatistics,
     add_discriminant,
     discriminant_rows,
@@ -206,3 +210,112 @@ def test_bad_arguments_leave_the_head_alone(change: Any, error: type[Exception],
     with pytest.raises(error, match=said):
         add_discriminant(arguments.pop("head"), arguments.pop("statistics"), **arguments)
     assert torch.equal(head.fc.weight, before)
+
+
+class TestHead:
+    @pytest.fixture(params=BACKGROUNDS, ids=str)
+    def layout(self, request: pytest.FixtureRequest) -> GroupLayout:
+        return GroupLayout.from_counts(COUNTS, background=request.param)
+
+    @pytest.fixture
+    def head(self, layout: GroupLayout) -> DiscriminantHead:
+        head = DiscriminantHead.from_linear(nn.Linear(F, layout.num_labels), layout)
+        head.fit(gathered(layout, *rows_of(layout)), strength=0.05)
+        return head
+
+    def test_scores_are_the_mean_in_each_group(
+        self, layout: GroupLayout, head: DiscriminantHead
+    ) -> None:
+        x = torch.randn(7, F)
+        scores = head.scores(head(x))
+        weight, bias = discriminant_rows(gathered(layout, *rows_of(layout)))
+        trained = head.fc(x).double()
+        fixed = x.double() @ weight.T + bias
+        if layout.background is not None:
+            fixed[:, :2] = trained[:, :2]
+        one, two = (grouped_softmax_scores(logits, layout) for logits in (trained, fixed))
+        expected = (one + two) / 2
+        assert torch.allclose(scores.double(), expected, rtol=1e-3, atol=1e-6)
+        assert not torch.allclose(scores.double(), one, atol=1e-2)
+        if layout.background is not None:
+            background = layout.background_label
+            assert torch.allclose(scores[:, background].double(), one[:, background])
+
+    def test_only_the_linear_layer_trains(
+        self, layout: GroupLayout, head: DiscriminantHead
+    ) -> None:
+        features, labels = rows_of(layout, 40)
+        plain = BAGSHead(F, layout)
+        plain.fc.load_state_dict(head.fc.state_dict())
+        generators = (torch.Generator().manual_seed(0) for _ in range(2))
+        losses = [
+            h.group_losses(h(features), labels, g)
+            for h, g in zip((head, plain), generators, strict=True)
+        ]
+        assert torch.equal(*losses)
+        for loss in losses:
+            loss.sum().backward()
+        assert torch.equal(head.fc.weight.grad, plain.fc.weight.grad)
+        assert [name for name, _ in head.named_parameters()] == ["fc.weight", "fc.bias"]
+        assert list(head.losses(head(features), labels))[-1].startswith("loss_cls_")
+
+    def test_its_state_dict_says_all(
+        self, layout: GroupLayout, head: DiscriminantHead, tmp_path: Path
+    ) -> None:
+        torch.save(head.state_dict(), tmp_path / "head.pt")
+        state = torch.load(tmp_path / "head.pt", weights_only=True)
+        assert GroupLayout.from_state_dict(state) == layout
+        other = DiscriminantHead(F, layout)
+        other.load_state_dict(state)
+        x = torch.randn(3, F)
+        assert torch.equal(other.scores(other(x)), head.scores(head(x)))
+        with pytest.raises(RuntimeError, match="discriminant_weight"):
+            BAGSHead(F, layout).load_state_dict(state)
+
+    def test_a_start_of_its_own_or_none(self, layout: GroupLayout) -> None:
+        linear = nn.Linear(F, layout.num_labels)
+        heads = [DiscriminantHead.from_linear(linear, layout) for _ in range(2)]
+        assert not heads[0].discriminant_weight.any()
+        statistics = gathered(layout, *rows_of(layout))
+        for head, strength in zip(heads, (0.0, 0.2), strict=True):
+            head.fit(statistics, strength=strength)
+        plain = BAGSHead.from_linear(linear, layout)
+        assert torch.equal(heads[0].fc.weight, plain.fc.weight)
+        assert torch.equal(heads[0].discriminant_weight, heads[1].discriminant_weight)
+        add_discriminant(plain, statistics, strength=0.2)
+        assert torch.equal(heads[1].fc.weight, plain.fc.weight)
+        before = heads[1].discriminant_bias.clone()
+        heads[1].fit(statistics, strength=0.0)
+        assert torch.equal(heads[1].discriminant_bias, before)
+
+    def test_it_is_a_classifier_for_adapters(self, head: DiscriminantHead) -> None:
+        check_classifier(head, background=head.background)
+        assert head.in_features == F
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast_leaves_the_analysis_in_float32(
+        self, layout: GroupLayout, head: DiscriminantHead, dtype: torch.dtype
+    ) -> None:
+        x = torch.randn(3, F)
+        with torch.autocast("cpu", dtype):
+            logits = head(x)
+        assert torch.equal(logits[:, layout.num_logits :], head(x)[:, layout.num_logits :])
+        assert logits.dtype == torch.float32
+
+    def test_copies_move_and_compile(self, head: DiscriminantHead) -> None:
+        x = torch.randn(3, F)
+        twin = copy.deepcopy(head).double()
+        expected = head.scores(head(x))
+        assert torch.allclose(twin.scores(twin(x.double())).float(), expected, atol=1e-5)
+        compiled = torch.compile(
+            lambda rows: head.scores(head(rows)), fullgraph=True, backend="aot_eager"
+        )
+        assert torch.allclose(compiled(x), expected, atol=1e-6)
+
+    def test_logits_of_one_head_alone_are_refused(
+        self, layout: GroupLayout, head: DiscriminantHead
+    ) -> None:
+        with pytest.raises(ValueError, match=rf"\[R, {2 * layout.num_logits}\]"):
+            head.scores(head.fc(torch.randn(3, F)))
+        with pytest.raises(TypeError, match="`logits`"):
+            head.loss(None, torch.zeros(3, dtype=torch.int64))  # type: ignore[arg-type]

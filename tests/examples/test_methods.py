@@ -25,7 +25,11 @@ from pipeline_cases import assert_same_state, data_arguments
 from recipe import Recipe, read_options, recipes_of
 
 from balanced_group_softmax import GroupLayout
-from balanced_group_softmax.discriminant import FeatureStatistics, discriminant_rows
+from balanced_group_softmax.discriminant import (
+    DiscriminantHead,
+    FeatureStatistics,
+    discriminant_rows,
+)
 from balanced_group_softmax.rebalance.class_weights import (
     class_balanced_weights,
     inverse_frequency_weights,
@@ -284,7 +288,7 @@ def test_the_discriminant_start_is_made_once(
     monkeypatch.setattr(stages, "start_with_discriminant", look)
     options = ["--thresholds", "5", "100", "--others-ratio", "2"]
     cache = ["--cache-features", str(tmp_path / "cache")]
-    name = "bags_discriminant"
+    name = "bags_discriminant_start"
     checkpoint = trained(few, tmp_path / "a", name, softmax, *options, *cache)
     trained(few, tmp_path / "b", name, softmax, *options)
     for (one, labels), (two, others) in zip(*rows, strict=True):
@@ -322,3 +326,21 @@ def test_only_rare_groups_get_the_discriminant() -> None:
     assert strengths(layout, counts, 0.3) == [0.3, 0.3, 0.0, 0.0]
     wide = GroupLayout.from_counts(counts, thresholds=(50, 700))
     assert strengths(wide, counts, 0.3) == [0.3, 0.0, 0.0]
+
+
+def test_the_discriminant_is_kept_by_the_head_that_asks_it(
+    few: Path, tmp_path: Path, softmax: Path
+) -> None:
+    """And it is in the checkpoint, beside the same start."""
+    states = {
+        name: trained(few, tmp_path / name, name, softmax, "--learning-rate", "1e-12").model
+        for name in ("bags_discriminant_start", "bags_discriminant")
+    }
+    start, both = states.values()
+    weight = f"{CLASSIFIER}fc.weight"
+    assert torch.allclose(start[weight], both[weight], rtol=1e-4, atol=1e-4)
+    assert both[f"{CLASSIFIER}discriminant_weight"].abs().sum() > 0
+    model = Checkpoint.load(tmp_path / "bags_discriminant" / "bags_discriminant.pt").make_model()
+    head: Any = model.get_submodule(PREDICTOR)
+    assert isinstance(head, DiscriminantHead)
+    assert torch.equal(head.discriminant_bias, both[f"{CLASSIFIER}discriminant_bias"])
