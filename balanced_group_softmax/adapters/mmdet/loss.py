@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from balanced_group_softmax._arguments import as_float, as_int_tuple, as_tuple
 from balanced_group_softmax.adapters.mmdet.groups import as_layout, read_counts
 from balanced_group_softmax.functional import grouped_softmax_loss, grouped_softmax_scores
+from balanced_group_softmax.head import BAGSLoss
 from balanced_group_softmax.layout import GroupLayout
-from balanced_group_softmax.ops.dispatch import check_impl
 from balanced_group_softmax.rebalance.class_weights import inverse_frequency_weights
 
 __all__ = ["UNSERVED", "MMDetBAGSLoss", "bags_losses"]
@@ -90,10 +90,9 @@ class MMDetBAGSLoss(nn.Module):
             self.layout = GroupLayout.from_counts(
                 numbers, as_int_tuple(thresholds, "thresholds"), "last", ids
             )
-        self.others_ratio = as_float(others_ratio, "others_ratio", lowest=0)
+        checked = BAGSLoss(self.layout, others_ratio=others_ratio, impl=impl)
+        self.others_ratio, self.impl = checked.others_ratio, checked.impl
         self.loss_weight = as_float(loss_weight, "loss_weight", lowest=0)
-        check_impl(impl)
-        self.impl = impl
         weights = _category_weights(category_weights, self.layout, numbers)
         self.register_buffer("category_weights", weights, persistent=False)
 
