@@ -22,7 +22,7 @@ from torch import Tensor
 
 from balanced_group_softmax._arguments import as_int, shown
 from balanced_group_softmax.layout import GroupLayout
-from balanced_group_softmax.legacy.torch_files import load_torch
+from balanced_group_softmax.legacy.torch_files import is_plain, load_torch
 
 __all__ = ["Target", "convert_checkpoint", "convert_to_mmdet", "convert_to_torchvision"]
 
@@ -172,7 +172,9 @@ def convert_checkpoint(
     state_dict = content.get("state_dict", content)
     meta = content.get("meta")
     classes = meta.get("CLASSES") if isinstance(meta, Mapping) else None
-    names = [str(name) for name in classes] if isinstance(classes, list | tuple) else None
+    names = None
+    if isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes):
+        names = list(classes)
     if num_categories is None and layout is None and names:
         num_categories = len(names)
     convert = convert_to_mmdet if target == "mmdet" else convert_to_torchvision
@@ -188,10 +190,13 @@ def convert_checkpoint(
         written = {"meta": {"dataset_meta": dataset}, "state_dict": converted}
     partial = out.with_name(f".{out.name}.{secrets.token_hex(8)}")
     try:
-        torch.save(written, partial)
+        with partial.open("wb") as file:
+            torch.save(written, file)
         os.replace(partial, out)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # what torch makes of a full disk
+            raise OSError(f"{out}: could not be written: {error}") from error
         raise
     return len(converted)
 
@@ -214,7 +219,12 @@ def _read(
             raise ValueError(
                 f"Expected tensors by name, got {type(value).__name__} under {shown(key)}"
             )
-        tensors[key.removeprefix("module.")] = value
+        name = key.removeprefix("module.")
+        if not is_plain(value):
+            raise ValueError(f"Expected `{name}` of plain numbers, got layout {value.layout}")
+        if name in tensors:
+            raise ValueError(f"Expected `{name}` once, got it with and without `module.`")
+        tensors[name] = value.detach()
     if any(name.startswith("roi_head.") for name in tensors):
         raise ValueError("Expected names of mmdetection 1, got `roi_head.` of mmdet 3")
     classifiers = _layers(tensors, _CLASSIFIER)
@@ -251,11 +261,15 @@ def _read(
 def _layers(tensors: dict[str, Tensor], pattern: re.Pattern[str]) -> dict[str, int]:
     """Return the rows of each layer by name, weight and bias checked against each other."""
     rows: dict[str, int] = {}
+    dimensions = {"weight": 4 if pattern is _MASK_LOGITS else 2, "bias": 1}
     for name, tensor in tensors.items():
         if pattern.fullmatch(name):
             layer, _, kind = name.rpartition(".")
-            if tensor.ndim < 1 or (kind == "bias" and tensor.ndim != 1):
-                raise ValueError(f"Expected `{name}` with rows, got shape {list(tensor.shape)}")
+            if tensor.ndim != dimensions[kind] or not tensor.is_floating_point():
+                raise ValueError(
+                    f"Expected `{name}` of {dimensions[kind]} dimensions, floating point, got "
+                    f"shape {list(tensor.shape)} of {tensor.dtype}"
+                )
             if rows.setdefault(layer, len(tensor)) != len(tensor):
                 raise ValueError(
                     f"Expected weight and bias of `{layer}` with as many rows, got {rows[layer]} "

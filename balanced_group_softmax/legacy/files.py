@@ -174,19 +174,19 @@ def write_original_files(
     layout = original_layout(counts, thresholds)
     within = inverse_frequency_weights(counts, within=layout.groups, background=None).numpy()
     group_weights = [np.concatenate([np.ones(1), within[list(group)]]) for group in layout.groups]
-    contents: tuple[Callable[[], bytes], ...] = (
-        lambda: _torch_bytes(layout.bin_labels),
-        lambda: _torch_bytes(group_columns(layout)),
-        lambda: _pickle_bytes(splits_of_layout(layout)),
-        lambda: _torch_bytes(inverse_frequency_weights(counts)),
-        lambda: _torch_bytes(class_balanced_weights(counts)),
-        lambda: _pickle_bytes(group_weights),
-        lambda: _pickle_bytes(_images_by_label(data, counts)),
+    contents = (  # all of them before the first is written
+        _torch_bytes(layout.bin_labels),
+        _torch_bytes(group_columns(layout)),
+        _pickle_bytes(splits_of_layout(layout)),
+        _torch_bytes(inverse_frequency_weights(counts)),
+        _torch_bytes(class_balanced_weights(counts)),
+        _pickle_bytes(group_weights),
+        _pickle_bytes(_images_by_label(data, counts)),
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in zip(FILES, contents, strict=True):
-        _write(folder / name, content())
+        _write(folder / name, content)
     return layout
 
 
@@ -274,14 +274,14 @@ def _images_of(row: Any, label: int, path: Path) -> CategoryImages:
     try:
         ids = as_int_array(row["img_id"], "img_id").tolist()
         positions = as_int_array(row["image_info_id"], "image_info_id").tolist()
-        count = int(as_int_array([row[_COUNT_KEY]], _COUNT_KEY)[0])
+        count, number = as_int_array([row[_COUNT_KEY], row["category_id"]], _COUNT_KEY).tolist()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: label {label}: {error}") from None
-    if len(ids) != len(positions) or count < len(ids) or row["category_id"] != label:
+    if len(ids) != len(positions) or count < len(ids) or number != label:
         raise ValueError(
             f"{path}: expected of label {label} as many positions as image ids, at least as many "
             f"instances, and its own number, got {len(positions)} positions, {len(ids)} ids, "
-            f"{count} instances and number {row['category_id']}"
+            f"{count} instances and number {number}"
         )
     return CategoryImages(tuple(ids), tuple(positions), count)
 
@@ -300,7 +300,11 @@ def _images_by_label(data: dict[str, Any], counts: list[int]) -> dict[int, dict[
     }
     position = 0
     for image in data["images"]:
-        sides = (image.get("width", _MIN_SIDE), image.get("height", _MIN_SIDE))
+        sides = [image.get(side, _MIN_SIDE) for side in ("width", "height")]
+        if not all(isinstance(side, int | float) for side in sides):
+            raise ValueError(
+                f"Expected width and height of image {image['id']} as numbers, got {shown(sides)}"
+            )
         if image["id"] not in holding or min(sides) < _MIN_SIDE:
             continue
         for label in holding[image["id"]]:

@@ -6,8 +6,10 @@ every other name is refused before anything is called. NumPy's own code for maki
 pickle does not see it either.
 """
 
+import io
 import math
 import pickle
+import pickletools
 import re
 import reprlib
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 _MAX_DEPTH = 16
+_MAX_REPEATS = 4  # values for each byte of a pickle; without repeats there is at most one
 _NUMERIC = re.compile(r"([<>=|]?)([biuf])(1|2|4|8|16)|([?bBhHiIlLqQefd])")
 
 
@@ -166,6 +169,10 @@ class _Unpickler(pickle.Unpickler):
 def load(file: BinaryIO) -> Any:
     """Read one pickle; arrays are returned as :class:`Array`.
 
+    What it returns may be far larger than the file when it is walked, since a pickle may name one
+    list many times; and Python's reader may be told to reserve gigabytes. `load_plain` refuses
+    both, at the price of a look at every operation.
+
     Raises:
         ValueError: It is not a pickle, is truncated, or holds something else.
     """
@@ -186,22 +193,54 @@ def load_plain(file: BinaryIO) -> Any:
     """Read one pickle, arrays as NumPy arrays.
 
     Raises:
-        ValueError: It is not a pickle, is truncated, holds something else, or holds itself.
+        ValueError: It is not a pickle, is truncated, holds something else, holds itself, or asks
+            for far more memory than it has bytes.
     """
-    return _plain(load(file), 0)
+    content = file.read()
+    _check_places(content)
+    return _Plain(_MAX_REPEATS * len(content)).of(load(io.BytesIO(content)), 0)
 
 
-def _plain(value: Any, depth: int) -> Any:
-    if depth > _MAX_DEPTH:
-        raise ValueError(f"Expected values nested at most {_MAX_DEPTH} deep, got deeper ones")
-    if isinstance(value, Array):
-        if value.value is None:
-            raise ValueError("Expected arrays with content, got one without")
-        return value.value
-    if isinstance(value, list | tuple):
-        return type(value)(_plain(part, depth + 1) for part in value)
-    if isinstance(value, dict):
-        return {key: _plain(part, depth + 1) for key, part in value.items()}
-    if isinstance(value, _Callable | _Type):
-        raise ValueError("Expected values, got a function or a type")
-    return value
+def _check_places(content: bytes) -> None:
+    """Refuse a pickle that remembers a value under a number larger than it can have values.
+
+    Python's reader reserves a place for every smaller number, 64 GB at the most.
+    """
+    try:
+        for operation, argument, _ in pickletools.genops(content):
+            if operation.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(content):
+                raise Refused(
+                    f"Expected at most {len(content)} values, got one of number {argument}"
+                )
+    except Refused as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # a corrupt pickle may fail in any way
+        raise ValueError(
+            f"Expected a pickle, got {str(error) or type(error).__name__}; the file may be "
+            "truncated or something else"
+        ) from None
+
+
+class _Plain:
+    """Makes plain values of what was read; stops after a number of them."""
+
+    def __init__(self, limit: int) -> None:
+        self.left = limit
+
+    def of(self, value: Any, depth: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError("Expected each list once, got some over and over")
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"Expected values nested at most {_MAX_DEPTH} deep, got deeper ones")
+        if isinstance(value, Array):
+            if value.value is None:
+                raise ValueError("Expected arrays with content, got one without")
+            return value.value
+        if isinstance(value, list | tuple):
+            return type(value)(self.of(part, depth + 1) for part in value)
+        if isinstance(value, dict):
+            return {key: self.of(part, depth + 1) for key, part in value.items()}
+        if isinstance(value, _Callable | _Type):
+            raise ValueError("Expected values, got a function or a type")
+        return value

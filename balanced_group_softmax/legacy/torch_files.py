@@ -1,12 +1,16 @@
 """Reads files of `torch.save` that others made: tensors and plain values, never code."""
 
+import mmap
 import tarfile
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["load_torch"]
+__all__ = ["is_plain", "load_torch"]
 
 
 def load_torch(path: Path) -> Any:
@@ -14,8 +18,8 @@ def load_torch(path: Path) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not such a file, is truncated, or holds more than tensors, numbers, text
-            and containers; nothing of it is run.
+        ValueError: it is not such a file, is truncated, holds more than tensors, numbers, text and
+            containers, or would take far more memory than its own size; nothing of it is run.
     """
     if path.is_dir():
         raise ValueError(f"{path}: expected a file of torch.save, got a folder")
@@ -26,8 +30,11 @@ def load_torch(path: Path) -> Any:
     if head[257:262] == b"ustar" or (head and tarfile.is_tarfile(path)):
         raise ValueError(f"{path}: expected a file of torch.save, got a tar archive")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+        if head[:4] == b"PK\x03\x04":
+            _check_stored(path)
+        _check_names(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, _Refused):
         raise
     except Exception as error:  # a corrupt file may fail in any way
         reason = _reason(error)
@@ -35,6 +42,63 @@ def load_torch(path: Path) -> Any:
             f"{path}: expected tensors and plain values saved by torch, got a file that is "
             f"truncated, of another kind, or holds code ({reason}); nothing of it was run"
         ) from None
+    _check_tensors(content, path)
+    return content
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is an array of numbers in memory: not sparse, nested, quantised or meta."""
+    return not (
+        tensor.is_nested or tensor.is_quantized or tensor.is_meta or tensor.layout != torch.strided
+    )
+
+
+class _Refused(ValueError):
+    """What torch would read, and this module does not."""
+
+
+def _check_stored(path: Path) -> None:
+    # torch.save compresses nothing, and a few compressed bytes may stand for gigabytes.
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise _Refused(f"{path}: expected a file of torch.save, got a compressed archive")
+
+
+def _check_names(path: Path) -> None:
+    # The one call that torch permits and that fills as much memory as it is told to. Names stand
+    # as lines in a pickle of torch.save.
+    with path.open("rb") as file:
+        if not file.read(1):
+            return  # which cannot be mapped
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(b"\nbytearray\n") >= 0:
+                raise _Refused(f"{path}: expected tensors and plain values, got a bytearray")
+
+
+def _check_tensors(content: Any, path: Path) -> None:
+    """Refuse tensors whose numbers are not in the file, before anything copies them.
+
+    A tensor may repeat one number of the file a billion times, or come without any.
+    """
+    size, total = path.stat().st_size, 0
+    left, seen = [content], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            if not is_plain(value):
+                raise ValueError(
+                    f"{path}: expected tensors of plain numbers, got a sparse, nested, quantised "
+                    "or meta tensor"
+                )
+            total += value.numel() * value.element_size()
+            if total > 2 * size + 2**20:  # twice: tensors may share what they hold
+                raise ValueError(
+                    f"{path}: expected tensors that the {size} bytes of the file hold, got some "
+                    f"of {total} bytes"
+                )
+        elif isinstance(value, Mapping | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            left.extend(value.values() if isinstance(value, Mapping) else value)
 
 
 def _reason(error: Exception) -> str:

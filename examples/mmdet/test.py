@@ -4,18 +4,27 @@ r"""Test with mmdet's own runner, and evaluate as all examples do.
     torchrun --nproc-per-node 8 examples/mmdet/test.py CONFIG.py CHECKPOINT.pth --launcher pytorch
 
 Prints the original's table, then AP of each count group (with --train-annotations), AP fixed and
-pooled AP; docs/evaluation.md says what each figure means. A checkpoint of the original has to be
-converted first (`balanced-group-softmax convert-checkpoint`) and tested with --original-geometry.
+pooled AP; docs/evaluation.md says what each figure means. The groups of BAGS are those that the
+checkpoint carries: training annotations that the config names need not be there. A checkpoint of
+the original has to be converted first (`balanced-group-softmax convert-checkpoint`) and tested with
+--original-geometry.
 """
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from mmengine.config import Config
 from mmengine.runner import Runner
+from mmengine.runner.checkpoint import CheckpointLoader
 from runs import add_examples_to_path, parser, prepare_versions, processes, read_config
+
+from balanced_group_softmax import GroupLayout
+from balanced_group_softmax.adapters.mmdet import bags_losses, check_categories
 
 add_examples_to_path()
 
@@ -36,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not config.model.roi_head.get("mask_head") and "segm" in args.eval:
             raise ValueError(f"{args.config}: Expected a detector with masks for segm")
         prepare_versions()
+        take_groups(config, args.checkpoint)
         with tempfile.TemporaryDirectory() as folder:
             config.test_evaluator = dict(
                 type="SharedEvaluation",
@@ -48,11 +58,52 @@ def main(argv: Sequence[str] | None = None) -> int:
             import shared_evaluation  # noqa: F401  # registers it
 
             with processes(args.launcher):
-                Runner.from_cfg(config).test()
+                runner = Runner.from_cfg(config)
+                check_labels(runner)
+                runner.test()
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def take_groups(config: Config, checkpoint: Path) -> None:
+    """Give every BAGS loss of the config the layout that the checkpoint carries.
+
+    Raises:
+        ValueError: The checkpoint cannot be read, or has no layout, or several.
+    """
+    heads = config.model.roi_head.bbox_head
+    losses = [head.loss_cls for head in (heads if isinstance(heads, list) else [heads])]
+    losses = [loss for loss in losses if loss.type == "BAGSLoss"]
+    if not losses:
+        return
+    try:
+        content = CheckpointLoader.load_checkpoint(str(checkpoint), "cpu")
+    except Exception as error:  # a corrupt file may fail in any way
+        raise ValueError(f"{checkpoint}: Expected a checkpoint, got {error}") from None
+    try:
+        layout = GroupLayout.from_state_dict(content.get("state_dict", content))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}; a softmax detector has none") from None
+    for loss in losses:
+        for key in ("annotations", "counts", "thresholds", "category_weights"):  # of training alone
+            loss.pop(key, None)
+        loss.layout = json.loads(layout.to_json())
+
+
+def check_labels(runner: Any) -> None:
+    """Check that the images are of the categories that the detector tells apart.
+
+    Raises:
+        ValueError: The data set has other categories, or in another order.
+    """
+    layouts = [loss.layout for loss in bags_losses(runner.model)]
+    if not layouts:
+        heads = runner.cfg.model.roi_head.bbox_head
+        number = (heads[0] if isinstance(heads, list) else heads).num_classes
+        layouts = [GroupLayout.from_counts([1] * number, background="last")]
+    check_categories(runner.test_dataloader.dataset, layouts[0])
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -84,7 +84,21 @@ def test_every_stage_of_a_cascade_is_converted() -> None:
         ({"bbox_head.fc_cls.weight": torch.zeros(8, 2)}, {}, "Expected `num_categories`"),
         (BAGS, {}, "give the `layout` of a BAGS checkpoint"),
         (SOFTMAX | {"bbox_head.fc_cls.bias": torch.zeros(9)}, {}, "weight and bias"),
-        (SOFTMAX | {"bbox_head.fc_cls.bias": torch.zeros(())}, {}, "with rows"),
+        (SOFTMAX | {"bbox_head.fc_cls.bias": torch.zeros(())}, {}, r"1 dimensions, .* shape \[\]"),
+        (
+            SOFTMAX | {"bbox_head.fc_cls.weight": torch.zeros(8)},
+            {},
+            r"2 dimensions, .* shape \[8\]",
+        ),
+        (SOFTMAX | {"bbox_head.fc_reg.weight": torch.zeros(32, 3, 1)}, {}, "2 dimensions"),
+        (SOFTMAX | {"mask_head.conv_logits.weight": torch.zeros(8, 3)}, {}, "4 dimensions"),
+        (SOFTMAX | {"bbox_head.fc_cls.bias": torch.arange(8)}, {}, "floating point, got .*int64"),
+        (SOFTMAX | {"rpn_head.x": torch.eye(2).to_sparse()}, {}, "`rpn_head.x` of plain numbers"),
+        (
+            SOFTMAX | {"module.rpn_head.rpn_cls.bias": torch.zeros(3)},
+            {},
+            "with and without `module",
+        ),
         (SOFTMAX | {"bbox_head.fc_reg.bias": torch.zeros(31)}, {}, "weight and bias"),
         (SOFTMAX | {"mask_head.conv_logits.bias": torch.zeros(5)}, {}, "weight and bias"),
         (SOFTMAX, {"num_categories": 8}, "one number of categories, got different ones"),
@@ -150,7 +164,7 @@ def test_the_command_converts_files(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_converted_file_is_no_larger_than_it_has_to_be(tmp_path: Path) -> None:
     state = {
         "bbox_head.fc_cls.weight": torch.zeros(2, 1),
-        "mask_head.conv_logits.weight": torch.zeros(2, 50_000),
+        "mask_head.conv_logits.weight": torch.zeros(2, 50_000, 1, 1),
     }
     source = saved(tmp_path, state)
     assert convert_checkpoint(source, tmp_path / "out.pth", target="mmdet") == 2
@@ -169,3 +183,44 @@ def test_names_of_classes_tell_how_many_there_are(tmp_path: Path) -> None:
         convert_checkpoint(source, tmp_path / "out.pth", target="mmdet", num_categories=3)
     with pytest.raises(ValueError, match="'mmdet' or 'torchvision'"):
         convert_checkpoint(source, tmp_path / "out.pth", target="x")  # type: ignore[arg-type]
+
+
+def test_only_text_names_classes(tmp_path: Path) -> None:
+    source = saved(tmp_path, SOFTMAX, CLASSES=[[1]] * 7)
+    convert_checkpoint(source, tmp_path / "out.pth", target="mmdet")
+    assert torch.load(tmp_path / "out.pth", weights_only=True)["meta"]["dataset_meta"] == {}
+
+
+def test_a_parameter_becomes_a_tensor() -> None:
+    name = "bbox_head.shared_fcs.0.weight"
+    converted = convert_to_mmdet(SOFTMAX | {name: torch.nn.Parameter(torch.ones(3, 3))})
+    assert not converted[f"roi_head.{name}"].requires_grad
+
+
+@pytest.mark.parametrize("out", ["none/out.pth", "folder"])
+def test_where_nothing_can_be_written_one_line_says_so(
+    tmp_path: Path, out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = saved(tmp_path, SOFTMAX)
+    (tmp_path / "folder").mkdir()
+    arguments = ["convert-checkpoint", str(source), "--out", str(tmp_path / out), "--to", "mmdet"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch_12.pth", "folder"]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = saved(tmp_path, SOFTMAX), tmp_path / "out.pth"
+    out.write_text("before")
+
+    def fail(_: Any, file: Any) -> None:
+        file.write(b"half")
+        raise RuntimeError("unexpected pos 10688 vs 10640")  # as torch says it
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match=r"out\.pth: could not be written"):
+        convert_checkpoint(source, out, target="mmdet")
+    assert out.read_text() == "before"
+    assert len(list(tmp_path.iterdir())) == 2

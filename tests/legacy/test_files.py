@@ -335,3 +335,22 @@ def test_commands_write_and_import(tmp_path: Path, capsys: pytest.CaptureFixture
     assert error.startswith("error: ")
     assert FILES[0] in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("side", [None, "99", [99]])
+def test_what_cannot_be_written_whole_is_not_begun(tmp_path: Path, side: Any) -> None:
+    data = annotations(COUNTS)
+    data["images"][1]["height"] = side
+    with pytest.raises(ValueError, match="width and height of image 14 as numbers"):
+        write_original_files(data, tmp_path / "files")
+    assert not (tmp_path / "files").exists()
+
+
+@pytest.mark.parametrize("number", [[1], "1", np.ones(2, np.int64), 2])
+def test_a_row_of_another_label_is_refused(folder: Path, number: Any) -> None:
+    path = folder / "class_to_imageid_and_inscount.pt"
+    table = pickle.loads(path.read_bytes())
+    table[1]["category_id"] = number
+    path.write_bytes(pickle.dumps(table))
+    with pytest.raises(ValueError, match=r"inscount\.pt: .*label 1"):
+        read_original_files(folder)

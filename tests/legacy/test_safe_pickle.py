@@ -209,15 +209,46 @@ def test_arrays_that_are_not_what_they_seem(content, message):
         load(content)
 
 
+@pytest.mark.parametrize(
+    "claim",
+    [b"r\xff\xff\xff\xff", b"p4294967295\n", b"r\x00\x00\x00\x10"],
+    ids=["64 GB", "64 GB in text", "4 GB"],
+)
+def test_places_that_no_value_needs_are_not_reserved(claim):
+    with pytest.raises(ValueError, match=r"at most 1[0-9] values, got one of number"):
+        safe_pickle.load_plain(io.BytesIO(b"\x80\x02K\x01" + claim + b"."))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("width", [2, 1000])
+def test_lists_named_over_and_over_are_not_unfolded(width):
+    value = [1] * 10
+    for _ in range(14):
+        value = [value] * width
+    with pytest.raises(ValueError, match="each list once"):
+        safe_pickle.load_plain(io.BytesIO(pickle.dumps(value)))
+    value.append(value)
+    with pytest.raises(ValueError, match="each list once"):
+        safe_pickle.load_plain(io.BytesIO(pickle.dumps(value)))
+
+
+def test_plain_values_come_back():
+    value = {0: {"a": [1, 2, 2**40], "b": "x"}, 1: ([], None, 1.5), 2: [[7] * 3] * 2}
+    for protocol in range(2, 6):
+        assert safe_pickle.load_plain(io.BytesIO(pickle.dumps(value, protocol))) == value
+
+
 @pytest.mark.parametrize("length", [0, 1, 10, 100, -20, -1])
 def test_truncated_pickles(length):
     content = pickle.dumps(RESULTS)
-    with pytest.raises(ValueError, match=r"Expected a pickle, got .* truncated"):
-        load(content[:length])
+    for read in (load, lambda content: safe_pickle.load_plain(io.BytesIO(content))):
+        with pytest.raises(ValueError, match=r"Expected a pickle, got .* truncated"):
+            read(content[:length])
 
 
 # "r" may ask for a memo of gigabytes.
 @given(st.binary(max_size=60).map(lambda content: content.replace(b"r", b"")))
 def test_noise_is_refused_or_harmless(content):
-    with contextlib.suppress(ValueError):  # and no other error
-        load(content)
+    for read in (load, lambda content: safe_pickle.load_plain(io.BytesIO(content))):
+        with contextlib.suppress(ValueError):  # and no other error
+            read(content)

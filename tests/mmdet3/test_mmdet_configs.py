@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("mmdet.registry", reason="mmdet is not installed: docs/mmdet.md says how")
 
 import torch
-from mmdet_cases import NAMES, batch, build, losses_of, read_config
+from mmdet_cases import EXAMPLES, NAMES, batch, build, losses_of, read_config
 from torch import nn
 
 from balanced_group_softmax.adapters.mmdet import check_detector, freeze
@@ -21,7 +21,20 @@ def test_there_are_configs_of_every_kind() -> None:
     assert {name.partition("/")[0] for name in NAMES} == {
         "ablations", "bags", "baselines", "demo", "transferred"
     }  # fmt: skip
-    assert len(NAMES) == 51
+    assert len(NAMES) == 53
+
+
+def test_the_readme_names_every_config() -> None:
+    readme = (EXAMPLES / "mmdet" / "README.md").read_text()
+    for name in NAMES:
+        folder, _, file = name.partition("/")
+        network, _, data = file.rpartition("_lvis-")
+        if data == "v1":  # beside that of v0.5, as the README says
+            assert f"{folder}/{network}_lvis-v0.5" in NAMES
+        elif folder == "ablations":
+            assert f"`{file.removeprefix('bags_faster-rcnn_r50_fpn_')}`" in readme, name
+        else:
+            assert file in readme, name
 
 
 @pytest.mark.parametrize("name", NAMES)

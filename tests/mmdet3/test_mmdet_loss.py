@@ -124,6 +124,7 @@ def test_weights_within_groups() -> None:
         ({"layout": LAYOUT, "category_weights": "inverse_frequency"}, "inverse_frequency"),
         ({"counts": COUNTS, "category_weights": [1.0]}, "for 5 categories, got 1"),
         ({"counts": COUNTS, "others_ratio": -1.0}, "others_ratio"),
+        ({"counts": COUNTS, "impl": "x"}, "impl"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -131,9 +132,18 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
         MMDetBAGSLoss(**options)
 
 
-def test_a_type_that_is_no_layout_is_refused() -> None:
-    with pytest.raises(TypeError, match="path, a dict or a GroupLayout, got int"):
-        MMDetBAGSLoss(layout=3)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": 3}, "path, a dict or a GroupLayout, got int"),
+        ({"annotations": 3}, "`annotations` to be a path, got int"),
+        ({"counts": COUNTS, "thresholds": 5}, "`thresholds` to be a sequence of ints, got 5"),
+        ({"counts": COUNTS, "category_weights": 3}, "`category_weights` to be a sequence, got 3"),
+    ],
+)
+def test_options_of_the_wrong_type_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        MMDetBAGSLoss(**options)
 
 
 def test_another_number_of_classes_is_refused_when_the_head_is_built() -> None:
@@ -173,6 +183,10 @@ def test_bags_starts_from_the_softmax_classifier() -> None:
     assert torch.equal(model.roi_head.bbox_head.fc_cls.bias, expected.fc.bias)
     with pytest.raises(ValueError, match="1231 rows"):
         start_from_softmax({f"{name}.weight": torch.zeros(3, 4)}, model)
+    with pytest.raises(ValueError, match=r"bias \[1231\], got \[1231, 1024\] and None"):
+        start_from_softmax({f"{name}.weight": plain.weight}, model)
+    with pytest.raises(ValueError, match=r"weight \[1231, 1024\] .* got \[1231, 9\]"):
+        start_from_softmax({f"{name}.weight": torch.zeros(1231, 9)}, model)
 
 
 class _Silent:
@@ -215,6 +229,9 @@ def test_modes_that_do_not_fit_are_refused() -> None:
             freeze(model, train)
     with pytest.raises(TypeError, match="two-stage detector"):
         freeze(torch.nn.Linear(2, 2))
+    model.roi_head.bbox_head = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="classifier `fc_cls` for 'classifier', got Linear"):
+        freeze(model)
 
 
 # --- what cannot serve ---------------------------------------------------------------------------

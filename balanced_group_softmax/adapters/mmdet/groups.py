@@ -42,11 +42,13 @@ def read_counts(
 
     Raises:
         OSError: the file cannot be read.
-        TypeError: the counts are not integers.
+        TypeError: the counts are not integers, or the annotations not a path.
         ValueError: the annotations are not valid.
     """
     if annotations is None:
         return None, tuple(as_int_array(counts, "counts").tolist())
+    if not isinstance(annotations, str | Path):
+        raise TypeError(f"Expected `annotations` to be a path, got {type(annotations).__name__}")
     status = Path(annotations).stat()
     return _of_file(str(annotations), status.st_size, status.st_mtime_ns)
 

@@ -7,9 +7,10 @@ import torch
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from balanced_group_softmax._arguments import as_float, as_int_tuple
+from balanced_group_softmax._arguments import as_float, as_int_tuple, as_tuple
 from balanced_group_softmax.adapters.mmdet.groups import as_layout, read_counts
 from balanced_group_softmax.functional import grouped_softmax_loss, grouped_softmax_scores
+from balanced_group_softmax.head import BAGSLoss
 from balanced_group_softmax.layout import GroupLayout
 from balanced_group_softmax.rebalance.class_weights import inverse_frequency_weights
 
@@ -87,11 +88,11 @@ class MMDetBAGSLoss(nn.Module):
         else:
             ids, numbers = read_counts(annotations, counts)
             self.layout = GroupLayout.from_counts(
-                numbers, as_int_tuple(list(thresholds), "thresholds"), "last", ids
+                numbers, as_int_tuple(thresholds, "thresholds"), "last", ids
             )
-        self.others_ratio = as_float(others_ratio, "others_ratio", lowest=0)
+        checked = BAGSLoss(self.layout, others_ratio=others_ratio, impl=impl)
+        self.others_ratio, self.impl = checked.others_ratio, checked.impl
         self.loss_weight = as_float(loss_weight, "loss_weight", lowest=0)
-        self.impl = impl
         weights = _category_weights(category_weights, self.layout, numbers)
         self.register_buffer("category_weights", weights, persistent=False)
 
@@ -221,7 +222,8 @@ def _category_weights(
                 f"`annotations` or `counts`, got {weights!r}"
             )
         return inverse_frequency_weights(counts, within=layout.groups, background=None).float()
-    values = torch.tensor([as_float(one, "category_weights", lowest=0) for one in weights])
+    given = as_tuple(weights, "category_weights")
+    values = torch.tensor([as_float(one, "category_weights", lowest=0) for one in given])
     if len(values) != layout.num_categories:
         raise ValueError(
             f"Expected `category_weights` for {layout.num_categories} categories, got {len(values)}"

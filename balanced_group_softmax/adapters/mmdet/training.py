@@ -62,7 +62,12 @@ def freeze(model: nn.Module, train: Train | int = "classifier") -> list[nn.Param
         raise ValueError(f"Expected `train` to be one of {get_args(Train)}, got {train!r}")
     modules: list[Any] = [model]
     if train == "classifier":
-        modules = [stage.fc_cls for stage in stages]
+        modules = [getattr(stage, "fc_cls", None) for stage in stages]
+        if not all(isinstance(module, nn.Module) for module in modules):
+            raise ValueError(
+                "Expected box heads with a classifier `fc_cls` for 'classifier', got "
+                f"{type(stages[0]).__name__}"
+            )
     elif train == "box_head":
         modules = stages
     elif train == "box_and_mask_heads":
@@ -125,8 +130,8 @@ def start_from_softmax(state_dict: dict[str, Any], model: nn.Module) -> int:
         weight = state_dict.get(f"{name}.fc_cls.weight")
         if not isinstance(loss, MMDetBAGSLoss) or weight is None:
             continue
-        layout = loss.layout
-        rows, width = weight.shape
+        layout, bias = loss.layout, state_dict.get(f"{name}.fc_cls.bias")
+        rows, width = len(weight), module.fc_cls.in_features
         if rows == layout.num_logits:
             continue
         if rows != layout.num_labels:
@@ -134,8 +139,14 @@ def start_from_softmax(state_dict: dict[str, Any], model: nn.Module) -> int:
                 f"Expected `{name}.fc_cls` of {layout.num_labels} rows, one for each label, or of "
                 f"{layout.num_logits} logits, got {rows}"
             )
+        shapes = [None if part is None else list(part.shape) for part in (weight, bias)]
+        if shapes != [[rows, width], [rows]]:
+            raise ValueError(
+                f"Expected `{name}.fc_cls` with weight {[rows, width]} and bias {[rows]}, got "
+                f"{shapes[0]} and {shapes[1]}"
+            )
         linear = nn.Linear(width, rows)
-        linear.load_state_dict({"weight": weight, "bias": state_dict[f"{name}.fc_cls.bias"]})
+        linear.load_state_dict({"weight": weight, "bias": bias})
         for kind, value in BAGSHead.from_linear(linear, layout).fc.state_dict().items():
             state_dict[f"{name}.fc_cls.{kind}"] = value
         replaced += 1

@@ -1,4 +1,4 @@
-"""mmdet's Faster R-CNN X101-64x4d-FPN, tested as the original is."""
+"""mmdet's Faster R-CNN X101-64x4d-FPN, with proposals and thresholds of the original."""
 
 _base_ = "faster-rcnn_r50_fpn.py"
 
