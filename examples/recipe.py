@@ -103,7 +103,7 @@ class Recipe:
         "none", "stage two only, with BAGS: weights of categories within their group"
     )
     tau: float = option(
-        1.0, "of `--method` tau_norm and tau_norm_select: power of the norms", least=0, most=10
+        0.5, "of `--method` tau_norm and tau_norm_select: power of the norms", least=0, most=10
     )
     discriminant: float = option(
         0.1,
