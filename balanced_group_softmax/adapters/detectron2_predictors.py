@@ -2,7 +2,7 @@
 
 State dict of `BAGSFastRCNNOutputLayers`: `cls_score.weight` and `.bias` give way to
 `cls_score.fc.weight`, `cls_score.fc.bias`, `cls_score._extra_state`, which holds the layout, and
-`_extra_state`, its fingerprint.
+`_extra_state`, its fingerprint. That of another classifier is of its kind and shapes.
 """
 
 import logging
@@ -33,6 +33,11 @@ __all__ = ["BAGSFastRCNNOutputLayers", "ClassifierOutputLayers", "select_instanc
 
 _logger = logging.getLogger(__name__)
 
+_FRESH = (
+    "To start from a fresh classifier, put the model's own {0}cls_score.* and {0}_extra_state into "
+    "the checkpoint"
+)
+
 
 class ClassifierOutputLayers(FastRCNNOutputLayers):
     """detectron2's `FastRCNNOutputLayers` with the loss and the scores of a `Classifier`.
@@ -41,6 +46,12 @@ class ClassifierOutputLayers(FastRCNNOutputLayers):
     put into the event storage by name; in a cascade they end in `_stage0` and so on. The accuracies
     in the storage are those of the scores. Box regression is detectron2's, class-agnostic or
     class-specific.
+
+    Loading a state dict whose classifier is of another kind or shape raises ValueError, also by
+    detectron2's checkpointer, which drops entries of other shapes with a warning; so does one with
+    `bbox_pred` and without a classifier. One without either, such as a backbone, is none of its
+    concern. A plain softmax classifier is left out: start from it by the classifier's own
+    `from_linear`.
 
     Args:
         input_shape: of the features, or their number.
@@ -139,6 +150,72 @@ class ClassifierOutputLayers(FastRCNNOutputLayers):
             self.test_topk_per_image,
         )
 
+    def get_extra_state(self) -> Tensor:
+        """A fingerprint of the classifier, [64] uint8, whatever the classifier.
+
+        detectron2's checkpointer drops what has another shape before it loads. This never has, so
+        it tells that there was a classifier, and which.
+        """
+        return fingerprint(self.cls_score)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to set: it was compared before loading began."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # torch gives each module a dict of its own, so that it may be changed here.
+        own = f"{prefix}cls_score."
+        mine = self.cls_score.state_dict()
+        expected = [own + name for name in mine]
+        if (mark := state_dict.get(f"{prefix}_extra_state")) is not None:
+            self._check_fingerprint(mark, prefix)
+            if isinstance(self.cls_score, BAGSHead):
+                # Category ids that one side knows make it longer; then it was dropped.
+                state_dict.setdefault(f"{own}_extra_state", mine["_extra_state"])
+        else:
+            expected = [name for name in expected if not name.endswith("_extra_state")]
+            is_softmax = f"{own}weight" in state_dict and f"{own}weight" not in expected
+            has_predictor = any(
+                name.startswith((own, f"{prefix}bbox_pred.")) for name in state_dict
+            )
+            if is_softmax or not has_predictor:
+                expected = []  # made by the classifier's from_linear, or only a backbone
+        missing = [name for name in expected if name not in state_dict]
+        if missing:
+            raise ValueError(
+                f"Expected {', '.join(missing)} in the checkpoint, for {self._described()}, as it "
+                f"has other entries of {prefix}*, got none: missing, or of another name or shape "
+                f"and dropped on the way. {_FRESH.format(prefix)}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_fingerprint(self, mark: Any, prefix: str) -> None:
+        mine, theirs = self.get_extra_state(), torch.as_tensor(mark).cpu()
+        groups_agree = same_groups(mine, theirs)
+        if groups_agree and same_category_ids(mine, theirs):
+            return
+        has = "other category ids" if groups_agree else "another kind or shape"
+        hint = ""
+        if isinstance(self.cls_score, BAGSHead):
+            has = "other category ids" if groups_agree else "other groups"
+            hint = (
+                "Give the checkpoint itself as `layout` (MODEL.BAGS.LAYOUT), or compare "
+                'GroupLayout.from_state_dict(torch.load(path)["model"]). '
+            )
+        raise ValueError(
+            f"The checkpoint's {prefix}cls_score.* has {has} than {self._described()}. "
+            f"{hint}{_FRESH.format(prefix)}"
+        )
+
+    def _described(self) -> str:
+        one = self.cls_score
+        if isinstance(one, BAGSHead):
+            kind = f"the layout of {one.num_categories} categories, {one.layout.num_logits} logits"
+        else:
+            kind = f"a {type(one).__name__} of {one.num_categories} categories"
+        return f"{kind} and {one.in_features} features here"
+
 
 class BAGSFastRCNNOutputLayers(ClassifierOutputLayers):
     """A box predictor whose classifier is a `BAGSHead`.
@@ -147,9 +224,7 @@ class BAGSFastRCNNOutputLayers(ClassifierOutputLayers):
     `add_bags_config` adds.
 
     Loading a state dict with a plain softmax classifier converts it (`BAGSHead.from_linear`).
-    Loading one of another layout or width raises ValueError, also by detectron2's checkpointer,
-    which drops entries of other shapes with a warning. A checkpoint without any classifier, such as
-    a backbone, is none of its concern.
+    Loading one of another layout or width raises ValueError, as in `ClassifierOutputLayers`.
 
     Args:
         input_shape: of the features, or their number.
@@ -214,39 +289,13 @@ class BAGSFastRCNNOutputLayers(ClassifierOutputLayers):
         layout: GroupLayout = self.cls_score.layout
         return layout
 
-    def get_extra_state(self) -> Tensor:
-        """A fingerprint of the layout, [64] uint8, whatever the layout.
-
-        detectron2's checkpointer drops what has another shape before it loads. This never has, so
-        it tells that there was a classifier, and of which groups.
-        """
-        return fingerprint(self.layout)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Nothing to set: it was compared before loading began."""
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # torch gives each module a dict of its own, so that it may be changed here.
         own = f"{prefix}cls_score."
-        is_converted = f"{own}weight" in state_dict and f"{own}fc.weight" not in state_dict
-        if is_converted:
+        if f"{own}weight" in state_dict and f"{own}fc.weight" not in state_dict:
             self._convert(state_dict, own)
             state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
-        mark = state_dict.get(f"{prefix}_extra_state")
-        if mark is not None:
-            self._check_fingerprint(mark, prefix)
-            names = [f"{own}fc.{name}" for name, _ in self.cls_score.fc.named_parameters()]
-            dropped = [name for name in names if name not in state_dict]
-            if dropped:
-                raise ValueError(
-                    f"Expected {' and '.join(dropped)} in the checkpoint, of "
-                    f"{self.layout.num_logits} logits and {self.cls_score.in_features} features, "
-                    "got none: it is missing, or was of another shape and dropped on the way"
-                )
-            # Known category ids on one side only make it longer or shorter; then it was dropped.
-            state_dict.setdefault(f"{own}_extra_state", self.layout.to_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _convert(self, state_dict: dict[str, Any], own: str) -> None:
@@ -258,8 +307,7 @@ class BAGSFastRCNNOutputLayers(ClassifierOutputLayers):
             raise ValueError(
                 f"Expected {own}weight of the checkpoint to be a softmax classifier of shape "
                 f"{[labels, features]} ({self.layout.num_categories} categories, then background), "
-                f"got {list(weight.shape)}. To start without its classifier, delete the entries "
-                f"{own}* from the checkpoint"
+                f"got {list(weight.shape)}. {_FRESH.format(own.removesuffix('cls_score.'))}"
             )
         linear = nn.Linear(features, labels, bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
@@ -268,18 +316,6 @@ class BAGSFastRCNNOutputLayers(ClassifierOutputLayers):
         head = BAGSHead.from_linear(linear, self.layout, bias=self.cls_score.fc.bias is not None)
         state_dict.update({own + name: value for name, value in head.state_dict().items()})
         _logger.info("%s* starts from the checkpoint's softmax classifier", own)
-
-    def _check_fingerprint(self, mark: Any, prefix: str) -> None:
-        mine, theirs = self.get_extra_state(), torch.as_tensor(mark).cpu()
-        groups_agree = same_groups(mine, theirs)
-        if not groups_agree or not same_category_ids(mine, theirs):
-            raise ValueError(
-                f"The checkpoint's {prefix}cls_score.* has other "
-                f"{'category ids' if groups_agree else 'groups'} than the layout of "
-                f"{self.layout.num_categories} categories here. Give the checkpoint itself as "
-                "`layout` (MODEL.BAGS.LAYOUT), or compare "
-                'GroupLayout.from_state_dict(torch.load(path)["model"])'
-            )
 
 
 def select_instances(
