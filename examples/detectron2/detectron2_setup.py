@@ -53,6 +53,23 @@ def annotations_of(name: str) -> str:
     return str(path)
 
 
+def check_num_classes(names: str | Sequence[str], num_classes: int) -> None:
+    """Check a config's number of categories against data sets, which have been read already.
+
+    detectron2 would take a label too many for background, or never train a category too many.
+
+    Raises:
+        ValueError: A data set has another number of categories.
+    """
+    for name in [names] if isinstance(names, str) else names:
+        found = len(MetadataCatalog.get(name).get("thing_classes", ()))
+        if found not in (0, num_classes):
+            raise ValueError(
+                f"Expected MODEL.ROI_HEADS.NUM_CLASSES (model.roi_heads.num_classes) {found}, as "
+                f"many categories as the data set {name!r} has, got {num_classes}"
+            )
+
+
 def show_messages(output_dir: str) -> None:
     """Log what the adapter has to say, as detectron2 does with its own messages."""
     setup_logger(output_dir, distributed_rank=comm.get_rank(), name="balanced_group_softmax")

@@ -17,9 +17,15 @@ from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
 from detectron2_evaluation import LVISReport
-from detectron2_setup import add_data_arguments, annotations_of, register_datasets, show_messages
+from detectron2_setup import (
+    add_data_arguments,
+    check_num_classes,
+    register_datasets,
+    show_messages,
+)
 from torch import nn
 
 from balanced_group_softmax.adapters.detectron2 import add_bags_config, freeze
@@ -35,17 +41,27 @@ class Trainer(DefaultTrainer):
         return model
 
     @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        loader = super().build_train_loader(cfg)
+        check_num_classes(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+        return loader
+
+    @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> LVISReport:
-        (train_name,) = cfg.DATASETS.TRAIN
-        has_train = Path(annotations_of(train_name)).is_file()
         return LVISReport(
             dataset_name,
-            train_name if has_train else None,
+            one_with_annotations(cfg.DATASETS.TRAIN),
             ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
             output_folder or str(Path(cfg.OUTPUT_DIR, "inference", dataset_name)),
         )
+
+
+def one_with_annotations(names: Sequence[str]) -> str | None:
+    """Return the training set to count in, None if there are several or its file is not here."""
+    paths = [MetadataCatalog.get(name).get("json_file") for name in names]
+    return names[0] if len(paths) == 1 and paths[0] and Path(paths[0]).is_file() else None
 
 
 def make_config(path: str, overrides: Sequence[str] = ()) -> CfgNode:
