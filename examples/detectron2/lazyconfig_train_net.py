@@ -14,7 +14,6 @@ docs/detectron2.md tells the whole way.
 import argparse
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
     AMPTrainer,
@@ -28,6 +27,7 @@ from detectron2.engine import (
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
+from detectron2_checkpoints import Checkpointer
 from detectron2_setup import (
     add_data_arguments,
     check_num_classes,
@@ -74,7 +74,7 @@ def train(cfg: Any, *, resume: bool) -> None:
     check_num_classes(cfg.dataloader.train.dataset.names, cfg.model.roi_heads.num_classes)
     trainer = kind(model, loader, optimizer)
     folder, steps = cfg.train.output_dir, cfg.train.max_iter
-    checkpointer = DetectionCheckpointer(model, folder, trainer=trainer)
+    checkpointer = Checkpointer(model, folder, trainer=trainer)
     max_norm = cfg.train.get("max_gradient_norm")
     trainer.register_hooks(
         [
@@ -108,7 +108,7 @@ def main(args: argparse.Namespace) -> Any:
     if not args.eval_only:
         return train(cfg, resume=args.resume)
     model = create_ddp_model(instantiate(cfg.model).to(cfg.train.device), **cfg.train.ddp)
-    DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+    Checkpointer(model).load(cfg.train.init_checkpoint)
     return evaluate(cfg, model)
 
 

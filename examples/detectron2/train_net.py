@@ -11,14 +11,15 @@ way.
 """
 
 import argparse
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+from detectron2_checkpoints import Checkpointer
 from detectron2_evaluation import LVISReport
 from detectron2_setup import (
     add_data_arguments,
@@ -39,6 +40,14 @@ class Trainer(DefaultTrainer):
         model: nn.Module = super().build_model(cfg)
         freeze(model, cfg.MODEL.BAGS.TRAIN)  # before the optimiser, which takes what trains
         return model
+
+    def build_hooks(self) -> list[Any]:
+        # Before a hook takes the checkpointer that was made.
+        self.checkpointer = Checkpointer(
+            self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        hooks: list[Any] = super().build_hooks()
+        return hooks
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
@@ -84,7 +93,7 @@ def main(args: argparse.Namespace) -> Any:
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
     model = Trainer.build_model(cfg)
-    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     return Trainer.test(cfg, model)
 
