@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -48,7 +49,13 @@ def read_layout(
         return _count(path, bounds, status.st_size, status.st_mtime_ns)
     if isinstance(layout, str | os.PathLike):
         path = PathManager.get_local_path(os.fspath(layout))
-        is_checkpoint = Path(path).suffix in _CHECKPOINTS
+        suffix = Path(path).suffix
+        if suffix == ".pkl":
+            raise ValueError(
+                f"{path}: expected a layout's JSON file or a checkpoint (.pth, .pt), "
+                "got a pickle, which is not read since it may run code"
+            )
+        is_checkpoint = suffix in _CHECKPOINTS
         layout = _layout_in_checkpoint(path) if is_checkpoint else GroupLayout.load(path)
     if not isinstance(layout, GroupLayout):
         raise TypeError(
@@ -67,7 +74,13 @@ def _count(path: str, thresholds: tuple[int, ...], *_: int) -> GroupLayout:
 
 
 def _layout_in_checkpoint(path: str) -> GroupLayout:
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # torch's own text advises to load it unsafely.
+        raise ValueError(
+            f"{path}: expected a checkpoint of tensors and plain values, got {type(error).__name__}"
+        ) from None
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: expected a checkpoint of detectron2, got {type(state).__name__}")
     try:

@@ -50,8 +50,8 @@ class ClassifierOutputLayers(FastRCNNOutputLayers):
     Loading a state dict whose classifier is of another kind or shape raises ValueError, also by
     detectron2's checkpointer, which drops entries of other shapes with a warning; so does one with
     `bbox_pred` and without a classifier. One without either, such as a backbone, is none of its
-    concern. A plain softmax classifier is left out: start from it by the classifier's own
-    `from_linear`.
+    concern. A plain softmax classifier that would fit is left out: to start from it, make the
+    classifier by its own `from_linear`.
 
     Args:
         input_shape: of the features, or their number.
@@ -179,8 +179,16 @@ class ClassifierOutputLayers(FastRCNNOutputLayers):
             has_predictor = any(
                 name.startswith((own, f"{prefix}bbox_pred.")) for name in state_dict
             )
+            if is_softmax:
+                self._check_softmax(state_dict[f"{own}weight"], own)
+                _logger.warning(
+                    "%s* of the checkpoint is a softmax classifier and left out; %s.from_linear "
+                    "starts from one",
+                    own,
+                    type(self.cls_score).__name__,
+                )
             if is_softmax or not has_predictor:
-                expected = []  # made by the classifier's from_linear, or only a backbone
+                expected = []  # or only a backbone
         missing = [name for name in expected if name not in state_dict]
         if missing:
             raise ValueError(
@@ -189,6 +197,15 @@ class ClassifierOutputLayers(FastRCNNOutputLayers):
                 f"and dropped on the way. {_FRESH.format(prefix)}"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_softmax(self, weight: Tensor, own: str) -> None:
+        categories, features = self.cls_score.num_categories, self.cls_score.in_features
+        if tuple(weight.shape) != (categories + 1, features):
+            raise ValueError(
+                f"Expected {own}weight of the checkpoint to be a softmax classifier of shape "
+                f"{[categories + 1, features]} ({categories} categories, then background), "
+                f"got {list(weight.shape)}. {_FRESH.format(own.removesuffix('cls_score.'))}"
+            )
 
     def _check_fingerprint(self, mark: Any, prefix: str) -> None:
         mine, theirs = self.get_extra_state(), torch.as_tensor(mark).cpu()
@@ -229,7 +246,8 @@ class BAGSFastRCNNOutputLayers(ClassifierOutputLayers):
     Args:
         input_shape: of the features, or their number.
         layout: a `GroupLayout` with background, or the path of one: a layout's JSON file, or a
-            detectron2 checkpoint (.pth) with a BAGS classifier.
+            detectron2 checkpoint (.pth) with a BAGS classifier. A LazyConfig cannot hold the object
+            itself, but a path, or `LazyCall(GroupLayout.from_counts)(counts=[...])`.
         annotations: path of the training annotations, LVIS or COCO.
         thresholds: boundaries between groups, in instances, for `annotations`.
         others_ratio: others that count for each foreground row of a group; may be infinite.
@@ -302,13 +320,8 @@ class BAGSFastRCNNOutputLayers(ClassifierOutputLayers):
         """Replace a softmax classifier by what `BAGSHead.from_linear` makes of it."""
         weight = torch.as_tensor(state_dict.pop(f"{own}weight"))
         bias = state_dict.pop(f"{own}bias", None)
-        labels, features = self.layout.num_labels, self.cls_score.in_features
-        if tuple(weight.shape) != (labels, features):
-            raise ValueError(
-                f"Expected {own}weight of the checkpoint to be a softmax classifier of shape "
-                f"{[labels, features]} ({self.layout.num_categories} categories, then background), "
-                f"got {list(weight.shape)}. {_FRESH.format(own.removesuffix('cls_score.'))}"
-            )
+        self._check_softmax(weight, own)
+        labels, features = weight.shape
         linear = nn.Linear(features, labels, bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
         if bias is not None:

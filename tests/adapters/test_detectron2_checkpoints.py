@@ -207,6 +207,21 @@ def test_other_classifiers_reload_and_fail_as_well(tmp_path: Path, agnostic: boo
         load(small_model(tmp_path), path)
 
 
+@pytest.mark.parametrize("agnostic", [False, True], ids=["specific", "agnostic"])
+def test_a_softmax_classifier_for_another_method(
+    tmp_path: Path, agnostic: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make(number: int) -> nn.Module:
+        classifier = SeesawClassifier(24, number, background="last")
+        return with_classifier(tmp_path, classifier, agnostic=agnostic)
+
+    path = save(small_model(tmp_path, bags=False), tmp_path / "softmax")
+    load(make(NUM_CATEGORIES), path)
+    assert "SeesawClassifier.from_linear" in caplog.text
+    with pytest.raises(ValueError, match=r"\[10, 24\] \(9 categories.*got \[9, 24\]"):
+        load(make(9), path)
+
+
 def test_a_bags_head_is_the_same_in_both_box_predictors(tmp_path: Path) -> None:
     model = with_classifier(tmp_path, BAGSHead(24, LAYOUT), agnostic=False)
     path = save(model, tmp_path / "run")
@@ -274,3 +289,13 @@ def test_a_softmax_classifier_of_the_model_zoo_is_converted(tmp_path: Path) -> N
     load(model, path)
     expected = BAGSHead.from_linear(softmax.roi_heads.box_predictor.cls_score, LAYOUT).fc.weight
     assert torch.equal(model.roi_heads.box_predictor.cls_score.fc.weight, expected)
+
+
+@pytest.mark.parametrize("name", ["damaged.pth", "code.pth", "model.pkl"])
+def test_a_layout_cannot_be_read_from_such_a_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    torch.save({"model": {}, "code": Path()}, path)
+    if name == "damaged.pth":
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=rf"{name}: expected a .*, got"):
+        read_layout(path)
