@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ pytest.importorskip(
     "detectron2.modeling", reason="detectron2 is not installed: docs/detectron2.md says how"
 )
 
+from detectron2 import model_zoo
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import RepeatFactorTrainingSampler
@@ -213,6 +215,21 @@ def test_a_lazy_config_of_fewer_images_a_step(tmp_path: Path) -> None:
     assert part.train.max_iter == pytest.approx(4 * whole.train.max_iter, abs=4)
     steps = [one.lr_multiplier.warmup_length * one.train.max_iter for one in (whole, part)]
     assert steps == pytest.approx([500, 2000], rel=1e-4)
+
+
+def test_the_model_zoo_has_what_the_documentation_starts_from() -> None:
+    text = (EXAMPLES.parent / "docs/detectron2.md").read_text()
+    (config,) = re.findall(r"configs/(\S+)_bags\.yaml MODEL.WEIGHTS", text)
+    (name,) = re.findall(r'url\("(\S+)"\)', text)
+    assert model_zoo.get_checkpoint_url(name).endswith(".pkl")
+    theirs = model_zoo.get_config(name)
+    theirs.MODEL.DEVICE = "cpu"
+    ours = train_net.make_config(str(FOLDER / "configs" / f"{config}.yaml"), SMALL)
+    shapes = [
+        {key: value.shape for key, value in build_model(cfg).state_dict().items()}
+        for cfg in (theirs, ours)
+    ]
+    assert shapes[0] == shapes[1]
 
 
 def test_resnext_of_the_paper_by_config() -> None:
