@@ -38,12 +38,16 @@ def register_datasets(datasets: Sequence[Sequence[str]]) -> None:
             raise ValueError(f"Expected a new name for {annotations}, got {name!r} of {known}")
 
 
-def annotations_of(name: str) -> str:
-    """Return the annotation file of a registered data set.
+def annotations_of(name: str | Sequence[str]) -> str:
+    """Return the annotation file of a registered data set; a list is of one.
 
     Raises:
-        ValueError: It has none.
+        ValueError: It has none, or there are several data sets.
     """
+    if not isinstance(name, str):
+        if len(name) != 1:
+            raise ValueError(f"Expected one data set whose annotations to read, got {list(name)}")
+        name = name[0]
     path = MetadataCatalog.get(name).get("json_file")
     if path is None:
         raise ValueError(

@@ -252,6 +252,28 @@ def test_predicts(tmp_path: Path, kind: str) -> None:
         assert (found.scores.diff() <= 0).all()
 
 
+@pytest.mark.parametrize("agnostic", [False, True], ids=["specific", "agnostic"])
+def test_training_on_predicted_boxes(tmp_path: Path, agnostic: bool) -> None:
+    cfg = small_config(tmp_path, "mask")
+    cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES = True
+    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = agnostic
+    losses = step(build_model(cfg))
+    assert {*GROUP_LOSSES, "loss_mask"} <= set(losses)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_without_ground_truth(tmp_path: Path, kind: str) -> None:
+    model, batch = small_model(tmp_path, kind), images()
+    freeze(model)
+    for item in batch:
+        item["instances"] = item["instances"][torch.zeros(2, dtype=torch.bool)]
+    losses = step(model, batch)
+    sum(losses.values()).backward()
+    ranges = [value for name, value in losses.items() if "loss_cls" in name and "bg_fg" not in name]
+    assert len(ranges) == 4 * len(predictors(model))
+    assert sum(ranges) == 0
+
+
 # --- cascades ------------------------------------------------------------------------------------
 
 

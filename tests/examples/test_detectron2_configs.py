@@ -286,6 +286,13 @@ def test_of_several_training_sets_none_is_counted_in_for_evaluation() -> None:
     assert train_net.one_with_annotations(("lvis_v1_test_dev",)) is None  # no such file here
 
 
+def test_annotations_of_a_list_of_data_sets() -> None:
+    path = detectron2_setup.annotations_of(["lvis_v1_train"])
+    assert path == detectron2_setup.annotations_of("lvis_v1_train")
+    with pytest.raises(ValueError, match=r"one data set.*got \['a', 'b'\]"):
+        detectron2_setup.annotations_of(["a", "b"])
+
+
 def test_own_data_must_have_a_new_name(tmp_path: Path) -> None:
     train_net.register_datasets([("mine", "a.json", "images")])
     train_net.register_datasets([("mine", "a.json", "images")])
