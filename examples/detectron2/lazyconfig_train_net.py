@@ -30,7 +30,7 @@ from detectron2.utils import comm
 from detectron2_checkpoints import Checkpointer
 from detectron2_setup import (
     add_data_arguments,
-    check_num_classes,
+    check_categories,
     register_datasets,
     show_messages,
 )
@@ -67,11 +67,11 @@ def train(cfg: Any, *, resume: bool) -> None:
     freeze(model, cfg.train.trainable)
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)  # after freezing: it takes what trains
+    loader = instantiate(cfg.dataloader.train)
+    check_categories(model, cfg.dataloader.train.dataset.names)
     model = create_ddp_model(model, **cfg.train.ddp)
 
     kind = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
-    loader = instantiate(cfg.dataloader.train)
-    check_num_classes(cfg.dataloader.train.dataset.names, cfg.model.roi_heads.num_classes)
     trainer = kind(model, loader, optimizer)
     folder, steps = cfg.train.output_dir, cfg.train.max_iter
     checkpointer = Checkpointer(model, folder, trainer=trainer)

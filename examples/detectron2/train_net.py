@@ -23,7 +23,7 @@ from detectron2_checkpoints import Checkpointer
 from detectron2_evaluation import LVISReport
 from detectron2_setup import (
     add_data_arguments,
-    check_num_classes,
+    check_categories,
     register_datasets,
     show_messages,
 )
@@ -42,18 +42,12 @@ class Trainer(DefaultTrainer):
         return model
 
     def build_hooks(self) -> list[Any]:
-        # Before a hook takes the checkpointer that was made.
-        self.checkpointer = Checkpointer(
-            self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        # Called when model and data are there, before a hook takes the checkpointer that was made.
+        model = self._trainer.model
+        check_categories(getattr(model, "module", model), self.cfg.DATASETS.TRAIN)
+        self.checkpointer = Checkpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         hooks: list[Any] = super().build_hooks()
         return hooks
-
-    @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Any:
-        loader = super().build_train_loader(cfg)
-        check_num_classes(cfg.DATASETS.TRAIN, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
-        return loader
 
     @classmethod
     def build_evaluator(

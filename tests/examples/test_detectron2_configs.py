@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -270,13 +271,40 @@ def test_gradients_that_a_scaler_enlarged_are_clipped_as_they_are() -> None:
     assert weight.item() == -1.0  # neither 1024 nor 2, to which 1024 would have been clipped
 
 
-@pytest.mark.parametrize(("found", "given"), [(4, 3), (3, 4)])
-def test_another_number_of_categories_than_the_data_has(found: int, given: int) -> None:
-    MetadataCatalog.get(f"of_{found}").thing_classes = ["a"] * found
-    with pytest.raises(ValueError, match=rf"{found}, as many.*'of_{found}'.*got {given}"):
-        detectron2_setup.check_num_classes([f"of_{found}"], given)
-    detectron2_setup.check_num_classes(f"of_{found}", found)
-    MetadataCatalog.remove(f"of_{found}")
+def detector_of(num_classes: int, layout: GroupLayout | None = None) -> nn.Module:
+    """As much of a detector as is asked for its categories."""
+    model, heads = nn.Module(), nn.Module()
+    heads.num_classes, heads.box_predictor = num_classes, nn.Module()
+    heads.box_predictor.layout = layout
+    model.roi_heads = heads
+    return model
+
+
+@pytest.fixture
+def gaps() -> Iterator[str]:
+    """A data set with the categories 3, 17, 90 and 91."""
+    labels = {3: 0, 17: 1, 90: 2, 91: 3}
+    metadata = MetadataCatalog.get("with_gaps")
+    metadata.set(thing_classes=[*"abcd"], thing_dataset_id_to_contiguous_id=labels)
+    yield "with_gaps"
+    MetadataCatalog.remove("with_gaps")
+
+
+@pytest.mark.parametrize("given", [3, 5])
+def test_another_number_of_categories_than_the_data_has(gaps: str, given: int) -> None:
+    with pytest.raises(ValueError, match=rf"NUM_CLASSES.* 4, as many.*'with_gaps'.*got {given}"):
+        detectron2_setup.check_categories(detector_of(given), gaps)
+    detectron2_setup.check_categories(detector_of(4), [gaps])
+
+
+def test_groups_of_other_data(gaps: str) -> None:
+    def layout(ids: list[int] | None) -> GroupLayout:
+        return GroupLayout.from_counts([1, 2, 30, 4], category_ids=ids)
+
+    for ids in ([3, 17, 90, 91], None):
+        detectron2_setup.check_categories(detector_of(4, layout(ids)), gaps)
+    with pytest.raises(ValueError, match=r"label 1 is category 17, got.*category 18"):
+        detectron2_setup.check_categories(detector_of(4, layout([3, 18, 90, 91])), gaps)
 
 
 def test_of_several_training_sets_none_is_counted_in_for_evaluation() -> None:
