@@ -151,14 +151,15 @@ ALLOWED: dict[str, set[str]] = {
     "adapters.mmdet": CORE_MODULES
     | {"_arguments", "adapters.freezing", "adapters.mmdet", "rebalance"},
     "adapters.detectron2": {
-        *("_arguments", "counts", "detections", "head", "layout"),
-        *("adapters.protocol", "adapters.freezing"),
-        *("adapters.detectron2_layouts", "adapters.detectron2_predictors"),
+        "adapters.freezing",
+        *("adapters.detectron2_detections", "adapters.detectron2_layouts"),
+        "adapters.detectron2_predictors",
     },
+    "adapters.detectron2_detections": {"detections"},
     "adapters.detectron2_layouts": {"_arguments", "counts", "layout"},
     "adapters.detectron2_predictors": {
-        *("detections", "head", "layout"),
-        *("adapters.protocol", "adapters.detectron2_layouts"),
+        *("head", "layout"),
+        *("adapters.protocol", "adapters.detectron2_detections", "adapters.detectron2_layouts"),
     },
     "adapters.protocol": set(),
     "adapters.freezing": set(),
@@ -172,6 +173,7 @@ FRAMEWORKS = {
     "adapters.mmdet": {"mmdet", "mmengine", "mmcv"},
     "adapters.torchvision_legacy": {"torchvision"},
     "adapters.detectron2": {"detectron2", "fvcore"},
+    "adapters.detectron2_detections": {"detectron2"},
     "adapters.detectron2_layouts": {"detectron2"},
     "adapters.detectron2_predictors": {"detectron2", "fvcore"},
     "ops.triton_kernels": {"triton"},

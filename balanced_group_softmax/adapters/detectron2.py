@@ -17,7 +17,7 @@ classifier to train. Labels are 0..K-1, in ascending order of category ids, and 
 
 A softmax classifier in a checkpoint is converted when it is loaded; one that does not fit raises.
 The parts: box predictors (`detectron2_predictors`), where groups come from (`detectron2_layouts`),
-and here the RoI heads, the config's keys and freezing.
+detections (`detectron2_detections`), and here the RoI heads, the config's keys and freezing.
 """
 
 from typing import Any, Literal, get_args
@@ -38,11 +38,11 @@ from detectron2.modeling.roi_heads import (
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from balanced_group_softmax.adapters.detectron2_detections import select_instances
 from balanced_group_softmax.adapters.detectron2_layouts import read_layout
 from balanced_group_softmax.adapters.detectron2_predictors import (
     BAGSFastRCNNOutputLayers,
     ClassifierOutputLayers,
-    select_instances,
 )
 from balanced_group_softmax.adapters.freezing import freeze_all_but
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
-from torch import Tensor
+from torch import Tensor, nn
 
 from balanced_group_softmax._arguments import as_int_tuple
 from balanced_group_softmax.counts import category_counts, category_ids
@@ -48,7 +49,13 @@ def read_layout(
         return _count(path, bounds, status.st_size, status.st_mtime_ns)
     if isinstance(layout, str | os.PathLike):
         path = PathManager.get_local_path(os.fspath(layout))
-        is_checkpoint = Path(path).suffix in _CHECKPOINTS
+        suffix = Path(path).suffix
+        if suffix == ".pkl":
+            raise ValueError(
+                f"{path}: expected a layout's JSON file or a checkpoint (.pth, .pt), "
+                "got a pickle, which is not read since it may run code"
+            )
+        is_checkpoint = suffix in _CHECKPOINTS
         layout = _layout_in_checkpoint(path) if is_checkpoint else GroupLayout.load(path)
     if not isinstance(layout, GroupLayout):
         raise TypeError(
@@ -67,7 +74,13 @@ def _count(path: str, thresholds: tuple[int, ...], *_: int) -> GroupLayout:
 
 
 def _layout_in_checkpoint(path: str) -> GroupLayout:
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        # torch's own text advises to load it unsafely.
+        raise ValueError(
+            f"{path}: expected a checkpoint of tensors and plain values, got {type(error).__name__}"
+        ) from None
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: expected a checkpoint of detectron2, got {type(state).__name__}")
     try:
@@ -96,18 +109,22 @@ def training_annotations(names: Sequence[str]) -> str:
     return str(path)
 
 
-def fingerprint(layout: GroupLayout) -> Tensor:
-    """Return digests of the groups and of the category ids, zeros if these are not known.
+def fingerprint(classifier: nn.Module) -> Tensor:
+    """Return digests of a classifier's groups and of its category ids, zeros if not known.
 
-    Two layouts whose fingerprints agree can share weights. Its shape, [64] uint8, is the same for
-    all.
+    One without groups is known by its kind and the shapes of its weights. Classifiers whose
+    fingerprints agree can share weights. Its shape, [64] uint8, is the same for all.
     """
-    groups = replace(layout, category_ids=None).to_json()
-    digests = hashlib.sha256(groups.encode()).digest()
-    if layout.category_ids is None:
-        digests += bytes(_DIGEST)
+    layout = getattr(classifier, "layout", None)
+    ids = None
+    if isinstance(layout, GroupLayout):
+        text, ids = replace(layout, category_ids=None).to_json(), layout.category_ids
     else:
-        digests += hashlib.sha256(repr(layout.category_ids).encode()).digest()
+        state = classifier.state_dict()
+        shapes = [(k, tuple(v.shape)) for k, v in state.items() if not k.endswith("_extra_state")]
+        text = repr((type(classifier).__name__, shapes))
+    digests = hashlib.sha256(text.encode()).digest()
+    digests += bytes(_DIGEST) if ids is None else hashlib.sha256(repr(ids).encode()).digest()
     return torch.frombuffer(bytearray(digests), dtype=torch.uint8)
 
 

@@ -2,7 +2,7 @@
 
 State dict of `BAGSFastRCNNOutputLayers`: `cls_score.weight` and `.bias` give way to
 `cls_score.fc.weight`, `cls_score.fc.bias`, `cls_score._extra_state`, which holds the layout, and
-`_extra_state`, its fingerprint.
+`_extra_state`, its fingerprint. That of another classifier is of its kind and shapes.
 """
 
 import logging
@@ -14,9 +14,10 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Instances
 from torch import Tensor, nn
 
+from balanced_group_softmax.adapters.detectron2_detections import select_instances
 from balanced_group_softmax.adapters.detectron2_layouts import (
     fingerprint,
     read_layout,
@@ -25,13 +26,17 @@ from balanced_group_softmax.adapters.detectron2_layouts import (
     training_annotations,
 )
 from balanced_group_softmax.adapters.protocol import check_classifier
-from balanced_group_softmax.detections import select_detections
 from balanced_group_softmax.head import BAGSHead
 from balanced_group_softmax.layout import GroupLayout
 
-__all__ = ["BAGSFastRCNNOutputLayers", "ClassifierOutputLayers", "select_instances"]
+__all__ = ["BAGSFastRCNNOutputLayers", "ClassifierOutputLayers"]
 
 _logger = logging.getLogger(__name__)
+
+_FRESH = (
+    "To start from a fresh classifier, put the model's own {0}cls_score.* and {0}_extra_state into "
+    "the checkpoint"
+)
 
 
 class ClassifierOutputLayers(FastRCNNOutputLayers):
@@ -41,6 +46,12 @@ class ClassifierOutputLayers(FastRCNNOutputLayers):
     put into the event storage by name; in a cascade they end in `_stage0` and so on. The accuracies
     in the storage are those of the scores. Box regression is detectron2's, class-agnostic or
     class-specific.
+
+    Loading a state dict whose classifier is of another kind or shape raises ValueError, also by
+    detectron2's checkpointer, which drops entries of other shapes with a warning; so does one with
+    `bbox_pred` and without a classifier. One without either, such as a backbone, is none of its
+    concern. A plain softmax classifier that would fit is left out: to start from it, make the
+    classifier by its own `from_linear`.
 
     Args:
         input_shape: of the features, or their number.
@@ -139,6 +150,89 @@ class ClassifierOutputLayers(FastRCNNOutputLayers):
             self.test_topk_per_image,
         )
 
+    def get_extra_state(self) -> Tensor:
+        """A fingerprint of the classifier, [64] uint8, whatever the classifier.
+
+        detectron2's checkpointer drops what has another shape before it loads. This never has, so
+        it tells that there was a classifier, and which.
+        """
+        return fingerprint(self.cls_score)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to set: it was compared before loading began."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # torch gives each module a dict of its own, so that it may be changed here.
+        own = f"{prefix}cls_score."
+        mine = self.cls_score.state_dict()
+        expected = [own + name for name in mine]
+        if (mark := state_dict.get(f"{prefix}_extra_state")) is not None:
+            self._check_fingerprint(mark, prefix)
+            if isinstance(self.cls_score, BAGSHead):
+                # Category ids that one side knows make it longer; then it was dropped.
+                state_dict.setdefault(f"{own}_extra_state", mine["_extra_state"])
+        else:
+            expected = [name for name in expected if not name.endswith("_extra_state")]
+            is_softmax = f"{own}weight" in state_dict and f"{own}weight" not in expected
+            has_predictor = any(
+                name.startswith((own, f"{prefix}bbox_pred.")) for name in state_dict
+            )
+            if is_softmax:
+                self._check_softmax(state_dict[f"{own}weight"], own)
+                _logger.warning(
+                    "%s* of the checkpoint is a softmax classifier and left out; %s.from_linear "
+                    "starts from one",
+                    own,
+                    type(self.cls_score).__name__,
+                )
+            if is_softmax or not has_predictor:
+                expected = []  # or only a backbone
+        missing = [name for name in expected if name not in state_dict]
+        if missing:
+            raise ValueError(
+                f"Expected {', '.join(missing)} in the checkpoint, for {self._described()}, as it "
+                f"has other entries of {prefix}*, got none: missing, or of another name or shape "
+                f"and dropped on the way. {_FRESH.format(prefix)}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_softmax(self, weight: Tensor, own: str) -> None:
+        categories, features = self.cls_score.num_categories, self.cls_score.in_features
+        if tuple(weight.shape) != (categories + 1, features):
+            raise ValueError(
+                f"Expected {own}weight of the checkpoint to be a softmax classifier of shape "
+                f"{[categories + 1, features]} ({categories} categories, then background), "
+                f"got {list(weight.shape)}. {_FRESH.format(own.removesuffix('cls_score.'))}"
+            )
+
+    def _check_fingerprint(self, mark: Any, prefix: str) -> None:
+        mine, theirs = self.get_extra_state(), torch.as_tensor(mark).cpu()
+        groups_agree = same_groups(mine, theirs)
+        if groups_agree and same_category_ids(mine, theirs):
+            return
+        has = "other category ids" if groups_agree else "another kind or shape"
+        hint = ""
+        if isinstance(self.cls_score, BAGSHead):
+            has = "other category ids" if groups_agree else "other groups"
+            hint = (
+                "Give the checkpoint itself as `layout` (MODEL.BAGS.LAYOUT), or compare "
+                'GroupLayout.from_state_dict(torch.load(path)["model"]). '
+            )
+        raise ValueError(
+            f"The checkpoint's {prefix}cls_score.* has {has} than {self._described()}. "
+            f"{hint}{_FRESH.format(prefix)}"
+        )
+
+    def _described(self) -> str:
+        one = self.cls_score
+        if isinstance(one, BAGSHead):
+            kind = f"the layout of {one.num_categories} categories, {one.layout.num_logits} logits"
+        else:
+            kind = f"a {type(one).__name__} of {one.num_categories} categories"
+        return f"{kind} and {one.in_features} features here"
+
 
 class BAGSFastRCNNOutputLayers(ClassifierOutputLayers):
     """A box predictor whose classifier is a `BAGSHead`.
@@ -147,14 +241,13 @@ class BAGSFastRCNNOutputLayers(ClassifierOutputLayers):
     `add_bags_config` adds.
 
     Loading a state dict with a plain softmax classifier converts it (`BAGSHead.from_linear`).
-    Loading one of another layout or width raises ValueError, also by detectron2's checkpointer,
-    which drops entries of other shapes with a warning. A checkpoint without any classifier, such as
-    a backbone, is none of its concern.
+    Loading one of another layout or width raises ValueError, as in `ClassifierOutputLayers`.
 
     Args:
         input_shape: of the features, or their number.
         layout: a `GroupLayout` with background, or the path of one: a layout's JSON file, or a
-            detectron2 checkpoint (.pth) with a BAGS classifier.
+            detectron2 checkpoint (.pth) with a BAGS classifier. A LazyConfig cannot hold the object
+            itself, but a path, or `LazyCall(GroupLayout.from_counts)(counts=[...])`.
         annotations: path of the training annotations, LVIS or COCO.
         thresholds: boundaries between groups, in instances, for `annotations`.
         others_ratio: others that count for each foreground row of a group; may be infinite.
@@ -214,53 +307,21 @@ class BAGSFastRCNNOutputLayers(ClassifierOutputLayers):
         layout: GroupLayout = self.cls_score.layout
         return layout
 
-    def get_extra_state(self) -> Tensor:
-        """A fingerprint of the layout, [64] uint8, whatever the layout.
-
-        detectron2's checkpointer drops what has another shape before it loads. This never has, so
-        it tells that there was a classifier, and of which groups.
-        """
-        return fingerprint(self.layout)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Nothing to set: it was compared before loading began."""
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        # torch gives each module a dict of its own, so that it may be changed here.
         own = f"{prefix}cls_score."
-        is_converted = f"{own}weight" in state_dict and f"{own}fc.weight" not in state_dict
-        if is_converted:
+        if f"{own}weight" in state_dict and f"{own}fc.weight" not in state_dict:
             self._convert(state_dict, own)
             state_dict[f"{prefix}_extra_state"] = self.get_extra_state()
-        mark = state_dict.get(f"{prefix}_extra_state")
-        if mark is not None:
-            self._check_fingerprint(mark, prefix)
-            names = [f"{own}fc.{name}" for name, _ in self.cls_score.fc.named_parameters()]
-            dropped = [name for name in names if name not in state_dict]
-            if dropped:
-                raise ValueError(
-                    f"Expected {' and '.join(dropped)} in the checkpoint, of "
-                    f"{self.layout.num_logits} logits and {self.cls_score.in_features} features, "
-                    "got none: it is missing, or was of another shape and dropped on the way"
-                )
-            # Known category ids on one side only make it longer or shorter; then it was dropped.
-            state_dict.setdefault(f"{own}_extra_state", self.layout.to_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _convert(self, state_dict: dict[str, Any], own: str) -> None:
         """Replace a softmax classifier by what `BAGSHead.from_linear` makes of it."""
         weight = torch.as_tensor(state_dict.pop(f"{own}weight"))
         bias = state_dict.pop(f"{own}bias", None)
-        labels, features = self.layout.num_labels, self.cls_score.in_features
-        if tuple(weight.shape) != (labels, features):
-            raise ValueError(
-                f"Expected {own}weight of the checkpoint to be a softmax classifier of shape "
-                f"{[labels, features]} ({self.layout.num_categories} categories, then background), "
-                f"got {list(weight.shape)}. To start without its classifier, delete the entries "
-                f"{own}* from the checkpoint"
-            )
+        self._check_softmax(weight, own)
+        labels, features = weight.shape
         linear = nn.Linear(features, labels, bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
         if bias is not None:
@@ -268,80 +329,6 @@ class BAGSFastRCNNOutputLayers(ClassifierOutputLayers):
         head = BAGSHead.from_linear(linear, self.layout, bias=self.cls_score.fc.bias is not None)
         state_dict.update({own + name: value for name, value in head.state_dict().items()})
         _logger.info("%s* starts from the checkpoint's softmax classifier", own)
-
-    def _check_fingerprint(self, mark: Any, prefix: str) -> None:
-        mine, theirs = self.get_extra_state(), torch.as_tensor(mark).cpu()
-        groups_agree = same_groups(mine, theirs)
-        if not groups_agree or not same_category_ids(mine, theirs):
-            raise ValueError(
-                f"The checkpoint's {prefix}cls_score.* has other "
-                f"{'category ids' if groups_agree else 'groups'} than the layout of "
-                f"{self.layout.num_categories} categories here. Give the checkpoint itself as "
-                "`layout` (MODEL.BAGS.LAYOUT), or compare "
-                'GroupLayout.from_state_dict(torch.load(path)["model"])'
-            )
-
-
-def select_instances(
-    boxes: Sequence[Tensor],
-    scores: Sequence[Tensor],
-    image_shapes: Sequence[tuple[int, int]],
-    score_thresh: float,
-    nms_thresh: float,
-    topk_per_image: int,
-) -> tuple[list[Instances], list[Tensor]]:
-    """Return what detectron2's `fast_rcnn_inference` returns, by `select_detections`.
-
-    detectron2 shifts boxes apart by category in float32, which can move an overlap across the
-    threshold; this is exact, and faster with many categories.
-
-    Args:
-        boxes: of each image, [Ri, 4] or [Ri, K * 4] as (x1, y1, x2, y2), pixels.
-        scores: of each image, [Ri, K + 1], background last.
-        image_shapes: (height, width) of each image, to which boxes are clipped.
-        score_thresh: detections score strictly more.
-        nms_thresh: in [0, 1]; an overlap strictly above it suppresses.
-        topk_per_image: detections of an image at most; all if negative.
-
-    Returns:
-        Per image, `Instances` with `pred_boxes`, `scores` and `pred_classes`, best first, and the
-        index of the RoI of each, int64.
-    """
-    found = [
-        _select_in_image(*image, score_thresh, nms_thresh, topk_per_image)
-        for image in zip(boxes, scores, image_shapes, strict=True)
-    ]
-    return [instances for instances, _ in found], [rows for _, rows in found]
-
-
-def _select_in_image(
-    boxes: Tensor,
-    scores: Tensor,
-    image_shape: tuple[int, int],
-    score_thresh: float,
-    nms_thresh: float,
-    topk: int,
-) -> tuple[Instances, Tensor]:
-    # As in detectron2, a RoI with anything that is not finite gives no detection.
-    finite = boxes.isfinite().all(dim=1) & scores.isfinite().all(dim=1)
-    scores = scores[:, :-1].masked_fill(~finite[:, None], float("nan"))
-    clipped = Boxes(boxes.masked_fill(~finite[:, None], 0).reshape(-1, 4))
-    clipped.clip(image_shape)
-    per_row = clipped.tensor.view(len(boxes), boxes.shape[1] // 4, 4)
-    detections = select_detections(
-        per_row[:, 0] if per_row.shape[1] == 1 else per_row,
-        scores,
-        score_threshold=score_thresh,
-        nms_threshold=nms_thresh,
-        max_detections=topk if topk >= 0 else scores.numel(),
-    )
-    instances = Instances(
-        image_shape,
-        pred_boxes=Boxes(detections.boxes),
-        scores=detections.scores,
-        pred_classes=detections.categories,
-    )
-    return instances, detections.rows
 
 
 def _num_features(input_shape: ShapeSpec | int) -> int:

@@ -11,15 +11,22 @@ way.
 """
 
 import argparse
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+from detectron2_checkpoints import Checkpointer
 from detectron2_evaluation import LVISReport
-from detectron2_setup import add_data_arguments, annotations_of, register_datasets, show_messages
+from detectron2_setup import (
+    add_data_arguments,
+    check_categories,
+    register_datasets,
+    show_messages,
+)
 from torch import nn
 
 from balanced_group_softmax.adapters.detectron2 import add_bags_config, freeze
@@ -34,18 +41,30 @@ class Trainer(DefaultTrainer):
         freeze(model, cfg.MODEL.BAGS.TRAIN)  # before the optimiser, which takes what trains
         return model
 
+    def build_hooks(self) -> list[Any]:
+        # Called when model and data are there, before a hook takes the checkpointer that was made.
+        model = self._trainer.model
+        check_categories(getattr(model, "module", model), self.cfg.DATASETS.TRAIN)
+        self.checkpointer = Checkpointer(model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        hooks: list[Any] = super().build_hooks()
+        return hooks
+
     @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> LVISReport:
-        (train_name,) = cfg.DATASETS.TRAIN
-        has_train = Path(annotations_of(train_name)).is_file()
         return LVISReport(
             dataset_name,
-            train_name if has_train else None,
+            one_with_annotations(cfg.DATASETS.TRAIN),
             ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",),
             output_folder or str(Path(cfg.OUTPUT_DIR, "inference", dataset_name)),
         )
+
+
+def one_with_annotations(names: Sequence[str]) -> str | None:
+    """Return the training set to count in, None if there are several or its file is not here."""
+    paths = [MetadataCatalog.get(name).get("json_file") for name in names]
+    return names[0] if len(paths) == 1 and paths[0] and Path(paths[0]).is_file() else None
 
 
 def make_config(path: str, overrides: Sequence[str] = ()) -> CfgNode:
@@ -68,7 +87,7 @@ def main(args: argparse.Namespace) -> Any:
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()
     model = Trainer.build_model(cfg)
-    checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer = Checkpointer(model, save_dir=cfg.OUTPUT_DIR)
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     return Trainer.test(cfg, model)
 

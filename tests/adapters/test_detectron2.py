@@ -15,6 +15,7 @@ pytest.importorskip(
     "detectron2.modeling", reason="detectron2 is not installed: docs/detectron2.md says how"
 )
 
+from detectron2.config import LazyCall, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
@@ -251,6 +252,28 @@ def test_predicts(tmp_path: Path, kind: str) -> None:
         assert (found.scores.diff() <= 0).all()
 
 
+@pytest.mark.parametrize("agnostic", [False, True], ids=["specific", "agnostic"])
+def test_training_on_predicted_boxes(tmp_path: Path, agnostic: bool) -> None:
+    cfg = small_config(tmp_path, "mask")
+    cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES = True
+    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = agnostic
+    losses = step(build_model(cfg))
+    assert {*GROUP_LOSSES, "loss_mask"} <= set(losses)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_without_ground_truth(tmp_path: Path, kind: str) -> None:
+    model, batch = small_model(tmp_path, kind), images()
+    freeze(model)
+    for item in batch:
+        item["instances"] = item["instances"][torch.zeros(2, dtype=torch.bool)]
+    losses = step(model, batch)
+    sum(losses.values()).backward()
+    ranges = [value for name, value in losses.items() if "loss_cls" in name and "bg_fg" not in name]
+    assert len(ranges) == 4 * len(predictors(model))
+    assert sum(ranges) == 0
+
+
 # --- cascades ------------------------------------------------------------------------------------
 
 
@@ -439,6 +462,51 @@ def test_groups_of_annotations(tmp_path: Path) -> None:
     assert read_layout(annotations=annotations_file(tmp_path)) == LAYOUT
     coarse = read_layout(annotations=annotations_file(tmp_path), thresholds=[100])
     assert coarse.group_names == ("bg_fg", "0_100", "100_inf")
+
+
+def test_groups_in_a_lazy_config(tmp_path: Path) -> None:
+    """Its own way to say objects; a `GroupLayout` itself is none of what OmegaConf can hold."""
+    node = LazyCall(BAGSFastRCNNOutputLayers)(
+        input_shape=ShapeSpec(channels=FEATURES),
+        box2box_transform=LazyCall(Box2BoxTransform)(weights=(10, 10, 5, 5)),
+        layout=LazyCall(GroupLayout.from_counts)(counts=COUNTS, category_ids=list(IDS)),
+    )
+    assert instantiate(node).layout == LAYOUT
+    del node.layout
+    node.update(annotations=str(annotations_file(tmp_path)), thresholds=[100])
+    assert instantiate(node).layout.group_names == ("bg_fg", "0_100", "100_inf")
+
+
+@pytest.mark.parametrize("kind", ["faster", "cascade_mask"])
+def test_bfloat16_autocast(tmp_path: Path, kind: str) -> None:
+    model = small_model(tmp_path, kind)
+    freeze(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = step(model)
+    own = [value for name, value in losses.items() if "loss_cls" in name]
+    assert all(value.dtype == torch.float32 and value.isfinite() for value in own)
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = model.eval()(images(labelled=False))[0]["instances"]
+    assert len(found) > 0
+    assert found.scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_category_that_was_seen_a_few_times(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "one.json"
+    GroupLayout.from_counts([5], background="last").save(path)
+    cfg = small_config(tmp_path, kind, LAYOUT=str(path))
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
+    model, batch = build_model(cfg), images()
+    for item in batch:
+        item["instances"].gt_classes.zero_()
+    names = {name.split("_stage")[0] for name in step(model, batch) if "loss_cls" in name}
+    assert names == {"loss_cls_bg_fg", "loss_cls_0_10"}
+    with torch.no_grad():
+        found = model.eval()(images(labelled=False))[0]["instances"]
+    assert found.pred_classes.unique().tolist() == [0]
 
 
 def test_a_config_counts_in_its_training_set_by_default(tmp_path: Path) -> None:

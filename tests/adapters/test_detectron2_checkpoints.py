@@ -29,7 +29,9 @@ from detectron2_cases import (
 )
 
 from balanced_group_softmax import BAGSHead, GroupLayout
-from balanced_group_softmax.adapters.detectron2 import freeze, read_layout
+from balanced_group_softmax.adapters.detectron2 import ClassifierOutputLayers, freeze, read_layout
+from balanced_group_softmax.rebalance.focal import FocalClassifier
+from balanced_group_softmax.rebalance.seesaw import SeesawClassifier
 
 PREFIX = "roi_heads.box_predictor."
 
@@ -138,15 +140,95 @@ def test_a_classifier_of_other_categories_fails(tmp_path: Path) -> None:
         load(small_model(tmp_path), path)
 
 
-def test_without_its_classifier_such_a_checkpoint_loads(tmp_path: Path) -> None:
-    cfg = small_config(tmp_path, bags=False)
+@pytest.mark.parametrize("bags", [False, True], ids=["softmax", "bags"])
+@pytest.mark.parametrize("kind", ["faster", "cascade"])
+def test_a_fresh_classifier_in_place_of_one_that_does_not_fit(
+    tmp_path: Path, kind: str, bags: bool
+) -> None:
+    """As docs/detectron2.md says it, for stock detectors and for those of another layout."""
+    cfg = small_config(
+        tmp_path, kind, bags=bags, **({"LAYOUT": str(tmp_path / "a")} if bags else {})
+    )
+    GroupLayout.from_counts(range(80), background="last").save(tmp_path / "a")
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
-    other = build_model(cfg)
-    state = {k: v for k, v in other.state_dict().items() if "cls_score" not in k}
+    theirs = build_model(cfg).state_dict()
+    model = small_model(tmp_path, kind)
+    with pytest.raises(ValueError, match="fresh classifier"):
+        load(model, save_state(theirs, tmp_path / "theirs.pth"))
+    state = {name: value for name, value in theirs.items() if ".cls_score." not in name}
+    own = model.state_dict()
+    state |= {k: v for k, v in own.items() if ".cls_score." in k or k.endswith("_extra_state")}
+    load(model, save_state(state, tmp_path / "start.pth"))
+    name = (
+        "roi_heads.box_head.0.fc1.weight" if kind == "cascade" else "roi_heads.box_head.fc1.weight"
+    )
+    assert torch.equal(model.state_dict()[name], theirs[name])
+
+
+def test_a_classifier_that_is_lost_by_its_name_fails(tmp_path: Path) -> None:
+    """detectron2 can match names by their ends, and finds no `cls_score.weight` in the model."""
+    softmax = small_model(tmp_path, bags=False)
+    state = {k.removeprefix("roi_heads."): v for k, v in softmax.state_dict().items()}
+    path = save_state(state, tmp_path / "short_names.pth")
     model = small_model(tmp_path)
-    load(model, save_state(state, tmp_path / "stripped.pth"))
-    name = "roi_heads.box_head.fc1.weight"
-    assert torch.equal(model.state_dict()[name], other.state_dict()[name])
+    with pytest.raises(ValueError, match=r"cls_score\.fc\.weight.*of another name"):
+        DetectionCheckpointer(model).load(f"{path}?matching_heuristics=True")
+
+
+def with_classifier(folder: Path, classifier: nn.Module, *, agnostic: bool) -> nn.Module:
+    model = small_model(folder, bags=False)
+    stock = model.roi_heads.box_predictor
+    model.roi_heads.box_predictor = ClassifierOutputLayers(
+        stock.cls_score.in_features,
+        classifier=classifier,
+        box2box_transform=stock.box2box_transform,
+        cls_agnostic_bbox_reg=agnostic,
+    )
+    return model
+
+
+@pytest.mark.parametrize("agnostic", [False, True], ids=["specific", "agnostic"])
+def test_other_classifiers_reload_and_fail_as_well(tmp_path: Path, agnostic: bool) -> None:
+    def make(number: int, kind: Any = SeesawClassifier) -> nn.Module:
+        classifier = kind(24, number, background="last")
+        return with_classifier(tmp_path, classifier, agnostic=agnostic)
+
+    model = make(NUM_CATEGORIES)
+    path = save(model, tmp_path / "run")
+    again = make(NUM_CATEGORIES)
+    load(again, path)
+    weight = again.roi_heads.box_predictor.cls_score.fc.weight
+    assert torch.equal(weight, model.roi_heads.box_predictor.cls_score.fc.weight)
+    with pytest.raises(ValueError, match=r"another kind or shape than a Seesaw.* of 80 categories"):
+        load(make(80), path)
+    with pytest.raises(ValueError, match="another kind or shape than a FocalClassifier"):
+        load(make(NUM_CATEGORIES, FocalClassifier), path)
+    with pytest.raises(ValueError, match="has other groups"):
+        load(small_model(tmp_path), path)
+
+
+@pytest.mark.parametrize("agnostic", [False, True], ids=["specific", "agnostic"])
+def test_a_softmax_classifier_for_another_method(
+    tmp_path: Path, agnostic: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def make(number: int) -> nn.Module:
+        classifier = SeesawClassifier(24, number, background="last")
+        return with_classifier(tmp_path, classifier, agnostic=agnostic)
+
+    path = save(small_model(tmp_path, bags=False), tmp_path / "softmax")
+    load(make(NUM_CATEGORIES), path)
+    assert "SeesawClassifier.from_linear" in caplog.text
+    with pytest.raises(ValueError, match=r"\[10, 24\] \(9 categories.*got \[9, 24\]"):
+        load(make(9), path)
+
+
+def test_a_bags_head_is_the_same_in_both_box_predictors(tmp_path: Path) -> None:
+    model = with_classifier(tmp_path, BAGSHead(24, LAYOUT), agnostic=False)
+    path = save(model, tmp_path / "run")
+    again = small_model(tmp_path)
+    load(again, path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
 
 
 OTHERS = {
@@ -207,3 +289,13 @@ def test_a_softmax_classifier_of_the_model_zoo_is_converted(tmp_path: Path) -> N
     load(model, path)
     expected = BAGSHead.from_linear(softmax.roi_heads.box_predictor.cls_score, LAYOUT).fc.weight
     assert torch.equal(model.roi_heads.box_predictor.cls_score.fc.weight, expected)
+
+
+@pytest.mark.parametrize("name", ["damaged.pth", "code.pth", "model.pkl"])
+def test_a_layout_cannot_be_read_from_such_a_file(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    torch.save({"model": {}, "code": Path()}, path)
+    if name == "damaged.pth":
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ValueError, match=rf"{name}: expected a .*, got"):
+        read_layout(path)

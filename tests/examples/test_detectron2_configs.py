@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,10 +20,11 @@ pytest.importorskip(
     "detectron2.modeling", reason="detectron2 is not installed: docs/detectron2.md says how"
 )
 
+from detectron2 import model_zoo
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.samplers import RepeatFactorTrainingSampler
-from detectron2.engine import SimpleTrainer
+from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
@@ -28,6 +33,8 @@ FOLDER = EXAMPLES / "detectron2"
 sys.path.append(str(EXAMPLES))
 sys.path.insert(0, str(FOLDER))
 
+import detectron2_setup  # noqa: E402
+import lazyconfig_train_net  # noqa: E402
 import train_net  # noqa: E402
 
 from balanced_group_softmax import GroupLayout  # noqa: E402
@@ -190,6 +197,128 @@ def check(trainer: SimpleTrainer, name: str, *, mask: bool) -> None:
         detections = model([image])[0]["instances"]
     assert 0 < len(detections) <= 5
     assert detections.has("pred_masks") == mask
+
+
+def test_a_lazy_config_of_fewer_images_a_step(tmp_path: Path) -> None:
+    whole = LazyConfig.load(str(FOLDER / "configs/lazy/mask_rcnn_r50_v1_bags.py"))
+    path = tmp_path / "mine.py"
+    text = "from .lvis import bags\n"
+    text += (
+        'model, dataloader, optimizer, lr_multiplier, train = bags("mask_rcnn_r50", "v1", batch=4)'
+    )
+    path.write_text(text)
+    shutil.copy(FOLDER / "configs/lazy/lvis.py", tmp_path)
+    part = LazyConfig.load(str(path))
+    assert (
+        part.dataloader.train.total_batch_size == whole.dataloader.train.total_batch_size / 4 == 4
+    )
+    assert part.optimizer.lr == whole.optimizer.lr / 4 == 0.01 / 4
+    assert part.train.max_iter == pytest.approx(4 * whole.train.max_iter, abs=4)
+    steps = [one.lr_multiplier.warmup_length * one.train.max_iter for one in (whole, part)]
+    assert steps == pytest.approx([500, 2000], rel=1e-4)
+
+
+def test_the_model_zoo_has_what_the_documentation_starts_from() -> None:
+    text = (EXAMPLES.parent / "docs/detectron2.md").read_text()
+    (config,) = re.findall(r"configs/(\S+)_bags\.yaml MODEL.WEIGHTS", text)
+    (name,) = re.findall(r'url\("(\S+)"\)', text)
+    assert model_zoo.get_checkpoint_url(name).endswith(".pkl")
+    theirs = model_zoo.get_config(name)
+    theirs.MODEL.DEVICE = "cpu"
+    ours = train_net.make_config(str(FOLDER / "configs" / f"{config}.yaml"), SMALL)
+    shapes = [
+        {key: value.shape for key, value in build_model(cfg).state_dict().items()}
+        for cfg in (theirs, ours)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+def test_resnext_of_the_paper_by_config() -> None:
+    """As docs/detectron2.md says it: 64x4d, with weights that need other pixels."""
+    options = [
+        *SMALL,
+        *("MODEL.RESNETS.NUM_GROUPS", "64", "MODEL.RESNETS.WIDTH_PER_GROUP", "4"),
+        *("INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "(123.675,116.28,103.53)"),
+        *("MODEL.PIXEL_STD", "(58.395,57.12,57.375)"),
+    ]
+    path = FOLDER / "configs" / "faster_rcnn_x101_lvis_v1_bags.yaml"
+    model: Any = build_model(train_net.make_config(str(path), options))
+    convolution = model.backbone.bottom_up.res2[0].conv2
+    assert (convolution.groups, convolution.out_channels) == (64, 256)
+    assert model.pixel_mean.flatten().tolist() == pytest.approx([123.675, 116.28, 103.53])
+
+
+def test_gradients_are_clipped_by_their_common_norm() -> None:
+    weights = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.SGD(weights, lr=1.0)
+    hook = lazyconfig_train_net.ClipGradients(1.0)
+    hook.trainer = SimpleNamespace(optimizer=optimizer)
+    weights[0].grad, weights[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
+    hook.after_backward()
+    torch.testing.assert_close(torch.cat([one.grad for one in weights]), torch.tensor([0.6, 0.8]))
+
+
+def test_gradients_that_a_scaler_enlarged_are_clipped_as_they_are() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    hook = lazyconfig_train_net.ClipGradients(2.0)
+    trainer = AMPTrainer.__new__(AMPTrainer)
+    trainer.optimizer, trainer.grad_scaler = optimizer, torch.amp.GradScaler("cpu", 1024.0)
+    hook.trainer = trainer
+    trainer.grad_scaler.scale(weight.sum()).backward()
+    hook.after_backward()
+    trainer.grad_scaler.step(optimizer)
+    assert weight.item() == -1.0  # neither 1024 nor 2, to which 1024 would have been clipped
+
+
+def detector_of(num_classes: int, layout: GroupLayout | None = None) -> nn.Module:
+    """As much of a detector as is asked for its categories."""
+    model, heads = nn.Module(), nn.Module()
+    heads.num_classes, heads.box_predictor = num_classes, nn.Module()
+    heads.box_predictor.layout = layout
+    model.roi_heads = heads
+    return model
+
+
+@pytest.fixture
+def gaps() -> Iterator[str]:
+    """A data set with the categories 3, 17, 90 and 91."""
+    labels = {3: 0, 17: 1, 90: 2, 91: 3}
+    metadata = MetadataCatalog.get("with_gaps")
+    metadata.set(thing_classes=[*"abcd"], thing_dataset_id_to_contiguous_id=labels)
+    yield "with_gaps"
+    MetadataCatalog.remove("with_gaps")
+
+
+@pytest.mark.parametrize("given", [3, 5])
+def test_another_number_of_categories_than_the_data_has(gaps: str, given: int) -> None:
+    with pytest.raises(ValueError, match=rf"NUM_CLASSES.* 4, as many.*'with_gaps'.*got {given}"):
+        detectron2_setup.check_categories(detector_of(given), gaps)
+    detectron2_setup.check_categories(detector_of(4), [gaps])
+
+
+def test_groups_of_other_data(gaps: str) -> None:
+    def layout(ids: list[int] | None) -> GroupLayout:
+        return GroupLayout.from_counts([1, 2, 30, 4], category_ids=ids)
+
+    for ids in ([3, 17, 90, 91], None):
+        detectron2_setup.check_categories(detector_of(4, layout(ids)), gaps)
+    with pytest.raises(ValueError, match=r"label 1 is category 17, got.*category 18"):
+        detectron2_setup.check_categories(detector_of(4, layout([3, 18, 90, 91])), gaps)
+
+
+def test_of_several_training_sets_none_is_counted_in_for_evaluation() -> None:
+    name = "lvis_v1_train"
+    assert train_net.one_with_annotations((name,)) == name
+    assert train_net.one_with_annotations((name, "lvis_v1_val")) is None
+    assert train_net.one_with_annotations(("lvis_v1_test_dev",)) is None  # no such file here
+
+
+def test_annotations_of_a_list_of_data_sets() -> None:
+    path = detectron2_setup.annotations_of(["lvis_v1_train"])
+    assert path == detectron2_setup.annotations_of("lvis_v1_train")
+    with pytest.raises(ValueError, match=r"one data set.*got \['a', 'b'\]"):
+        detectron2_setup.annotations_of(["a", "b"])
 
 
 def test_own_data_must_have_a_new_name(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ FOLDER = EXAMPLES / "detectron2"
 sys.path.append(str(EXAMPLES))
 sys.path.insert(0, str(FOLDER))
 
+import detectron2_checkpoints  # noqa: E402
 import detectron2_evaluation  # noqa: E402
 import detectron2_setup  # noqa: E402
 
@@ -130,6 +131,23 @@ def test_lazyconfig_from_softmax_to_bags(few: Path, tmp_path: Path, processes: i
         text = train("demo_bags.py", *start, "train.max_iter=3", flags=("--resume",))
         assert "Starting training from iteration 2" in text
         assert checkpoint(bags)["iteration"] == 2
+
+
+def test_a_run_that_is_killed_can_be_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    checkpointer = detectron2_checkpoints.Checkpointer(torch.nn.Linear(1, 1), str(tmp_path))
+    checkpointer.save("first")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpointer.save("second")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "first.pth")
+    checkpointer.save("third")
+    assert checkpointer.get_checkpoint_file() == str(tmp_path / "third.pth")
 
 
 # --- evaluation ----------------------------------------------------------------------------------

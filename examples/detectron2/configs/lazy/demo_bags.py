@@ -1,6 +1,6 @@
 """Stage two on the drawn data set: nothing but the classifier trains, by Balanced Group Softmax.
 
-Give stage one's checkpoint as `train.init_checkpoint`.
+It starts from what demo.py left in its folder, or from another `train.init_checkpoint`.
 """
 
 import torch
@@ -23,4 +23,9 @@ optimizer = L(torch.optim.SGD)(
     params=L(get_default_optimizer_params)(), lr=5e-3, momentum=0.9, weight_decay=1e-4
 )
 lr_multiplier.warmup_length = 19 / STEPS
-train.update(max_iter=STEPS, trainable="classifier", output_dir="runs/detectron2_bags")
+train.update(
+    max_iter=STEPS,
+    trainable="classifier",
+    init_checkpoint=f"{train['output_dir']}/model_final.pth",
+    output_dir="runs/detectron2_bags",
+)

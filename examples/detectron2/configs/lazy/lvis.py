@@ -29,33 +29,40 @@ Parts = tuple[Any, Any, Any, Any, Any]
 """Of a config: model, dataloader, optimizer, lr_multiplier, train."""
 
 
-def baseline(detector: str, version: str) -> Parts:
-    """Stage one, plain softmax: 12 epochs from ImageNet weights."""
-    dataloader = make_dataloader(version, with_masks="mask" in detector)
+def baseline(detector: str, version: str, batch: int = BATCH) -> Parts:
+    """Stage one, plain softmax: 12 epochs from ImageNet weights.
+
+    `batch` is the images of a step, over all processes; learning rate and schedule follow it.
+    """
+    dataloader = make_dataloader(version, batch, with_masks="mask" in detector)
     train = get_config("common/train.py").train
     train.update(
         output_dir=output_dir(detector, version),
         init_checkpoint=X101 if "x101" in detector else R50,
-        max_iter=EPOCHS * NUM_IMAGES[version] // BATCH,
+        max_iter=EPOCHS * NUM_IMAGES[version] // batch,
         eval_period=0,  # at the end
         trainable="all",
+        max_gradient_norm=35.0,
     )
     optimizer = L(torch.optim.SGD)(
-        params=L(get_default_optimizer_params)(), lr=0.02, momentum=0.9, weight_decay=1e-4
+        params=L(get_default_optimizer_params)(),
+        lr=0.02 * batch / BATCH,
+        momentum=0.9,
+        weight_decay=1e-4,
     )
     lr_multiplier = L(WarmupParamScheduler)(
         scheduler=L(MultiStepParamScheduler)(
             values=[1.0, 0.1, 0.01], milestones=[8, 11], num_updates=EPOCHS
         ),
         warmup_factor=1 / 3,
-        warmup_length=500 / train.max_iter,
+        warmup_length=500 * BATCH / (EPOCHS * NUM_IMAGES[version]),
     )
     return make_model(detector, version), dataloader, optimizer, lr_multiplier, train
 
 
-def bags(detector: str, version: str) -> Parts:
+def bags(detector: str, version: str, batch: int = BATCH) -> Parts:
     """Stage two: from stage one's detector, nothing but the classifier trains."""
-    model, dataloader, optimizer, lr_multiplier, train = baseline(detector, version)
+    model, dataloader, optimizer, lr_multiplier, train = baseline(detector, version, batch)
     heads = model.roi_heads
     if "cascade" in detector:
         heads._target_ = BAGSCascadeROIHeads
@@ -64,7 +71,7 @@ def bags(detector: str, version: str) -> Parts:
             _target_=BAGSFastRCNNOutputLayers,
             annotations=L(annotations_of)(name="${dataloader.train.dataset.names}"),
         )
-    optimizer.lr = 0.01
+    optimizer.lr = 0.01 * batch / BATCH
     train.update(
         init_checkpoint=f"{train.output_dir}/model_final.pth",
         output_dir=f"{train.output_dir}_bags",
@@ -110,12 +117,12 @@ def resnext101_stages(num_groups: int = 32, width_per_group: int = 8) -> list[An
     ]
 
 
-def make_dataloader(version: str, *, with_masks: bool) -> Any:
+def make_dataloader(version: str, batch: int, *, with_masks: bool) -> Any:
     dataloader = get_config("common/data/coco.py").dataloader
     dataloader.train.dataset.names = f"lvis_{version}_train"
     dataloader.train.mapper.augmentations[0].short_edge_length = (800,)
     dataloader.train.mapper.use_instance_mask = with_masks
-    dataloader.train.total_batch_size = BATCH
+    dataloader.train.total_batch_size = batch
     dataloader.test.dataset.names = f"lvis_{version}_val"
     dataloader.evaluator = L(LVISReport)(
         dataset_name="${..test.dataset.names}",
