@@ -11,11 +11,14 @@ mix, where rare classes hardly count, falls by about 1.
 
     python examples/classification.py
     python examples/classification.py --seeds 0 1 2 3 4 5
+
+`--discriminant` adds BAGS with discriminant analysis of the features (docs/study.md).
 """
 
 import argparse
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,6 +28,7 @@ from softmax_classifier import SoftmaxClassifier
 from torch import Tensor, nn
 
 from balanced_group_softmax import BAGSHead, GroupLayout
+from balanced_group_softmax.discriminant import DiscriminantHead, FeatureStatistics
 
 SIDE = 28  # pixels
 STROKES, POINTS = 4, 12  # of a glyph; points drawn along a stroke
@@ -182,24 +186,32 @@ def accuracy(
     return result
 
 
-def make_classifier(kind: str, counts: list[int], seed: int) -> SoftmaxClassifier | BAGSHead:
-    """The classifier that is called "softmax" or "bags" in the table."""
+def make_classifier(
+    kind: str, counts: list[int], training: Split, seed: int
+) -> SoftmaxClassifier | BAGSHead:
+    """The classifier that is called "softmax", "bags" or "bags_discriminant" in the table."""
     torch.manual_seed(seed)
     if kind == "softmax":
         return SoftmaxClassifier(WIDTH, len(counts))
     layout = GroupLayout.from_counts(counts, thresholds=THRESHOLDS, background=None)
-    return BAGSHead(WIDTH, layout, others_ratio=8.0)
+    if kind == "bags":
+        return BAGSHead(WIDTH, layout, others_ratio=8.0)
+    statistics = FeatureStatistics(layout, WIDTH)
+    statistics.update(training.features, training.labels)
+    head = DiscriminantHead(WIDTH, layout, others_ratio=8.0)
+    head.fit(statistics)
+    return head
 
 
 def compare(
-    seed: int = 0, epochs: int = EPOCHS, kinds: tuple[str, ...] = ("softmax", "bags")
+    seed: int = 0, epochs: int = EPOCHS, kinds: Sequence[str] = ("softmax", "bags")
 ) -> dict[str, dict[str, float]]:
     """Accuracies of the classifiers on one draw of everything: glyphs, network and images."""
     counts = draw_counts()
     training, test = make_data(counts, seed)
     results = {}
     for kind in kinds:
-        classifier = make_classifier(kind, counts, seed)
+        classifier = make_classifier(kind, counts, training, seed)
         train(classifier, training, seed, epochs)
         results[kind] = accuracy(classifier, test, counts)
     return results
@@ -210,14 +222,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of both classifiers")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each classifier")
+    parser.add_argument(
+        "--discriminant", action="store_true", help="BAGS with discriminant analysis as well"
+    )
     options = parser.parse_args()
+    kinds = ("softmax", "bags", *(["bags_discriminant"] if options.discriminant else []))
     counts = draw_counts()
     print(f"{CLASSES} classes, {sum(counts)} training images, {CLASSES * TEST_IMAGES} for testing")
     print("Accuracy in percent, over all test images and by training images of their class:\n")
     began = time.perf_counter()
     for place, seed in enumerate(options.seeds):
-        results = compare(seed, options.epochs)
+        results = compare(seed, options.epochs, kinds)
         if place == 0:
             header = ["seed", "classifier", *results["bags"]]
             print("| " + " | ".join(header) + " |\n|" + " ---: |" * len(header))

@@ -47,3 +47,10 @@ def test_baseline_is_trained_to_convergence(
     shorter = results[0]["softmax"]
     assert longer["all"] < shorter["all"] + 1
     assert results[0]["bags"]["0_10"] >= longer["0_10"] + 5
+
+
+def test_discriminant_analysis_adds_to_that(results: list[dict[str, dict[str, float]]]) -> None:
+    more = classification.compare(SEEDS[0], kinds=("bags_discriminant",))["bags_discriminant"]
+    bags = results[0]["bags"]
+    assert more["all"] > bags["all"] + 2
+    assert more["0_10"] > bags["0_10"] + 4
