@@ -68,12 +68,18 @@ def epoch_batches(
     dataset: LVISDetection, recipe: Recipe, seed: int, *, num_replicas: int, rank: int
 ) -> EpochBatches:
     """Return which images each batch of each epoch has."""
+    factors = None
+    if recipe.sampler == "repeat_factor":
+        factors = repeat_factors(dataset, recipe.repeat_threshold)
+        if bool((factors == 1).all()) and rank == 0:
+            print(
+                f"No image repeats: each category is in more than {recipe.repeat_threshold:g} of "
+                "the images, `--repeat-threshold`"
+            )
     return EpochBatches(
         len(dataset),
         recipe.batch_size,
-        factors=repeat_factors(dataset, recipe.repeat_threshold)
-        if recipe.sampler == "repeat_factor"
-        else None,
+        factors=factors,
         sizes=dataset.sizes if recipe.aspect_groups else None,
         seed=seed,
         num_replicas=num_replicas,
