@@ -25,6 +25,7 @@ from recipe import Recipe, read_options, recipes_of
 from torch import nn
 from torchvision.models.detection._utils import overwrite_eps
 from torchvision.ops.misc import FrozenBatchNorm2d
+from training_arguments import STAGES
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SHORT = ["--steps", "2", "--batch-size", "2", "--short-sides", "64", "--long-side", "128"]
@@ -35,7 +36,7 @@ def run(few: Path, output: Path, *options: str, stage: str = "softmax") -> dict[
     arguments = [*data_arguments(few), *SHORT, "--stage", stage, "--output", str(output)]
     assert example.main([*arguments, *options]) == 0
     metrics: dict[str, dict[str, Any]] = json.loads((output / "metrics.json").read_text())
-    return metrics[example.STAGES[stage][-1]]
+    return metrics[STAGES[stage][-1]]
 
 
 @pytest.mark.parametrize(
