@@ -287,6 +287,10 @@ class GroupLayout:
             raise ValueError(f"{path}: expected a layout, got a file of {size} bytes")
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"{path}: Expected a layout in JSON, got a file that is no text"
+            ) from None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
 
