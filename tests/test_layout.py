@@ -358,13 +358,8 @@ def test_load_names_the_file_that_is_missing_or_broken(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"broken\.json"):
         GroupLayout.load(broken)
     broken.write_bytes(b"\xff\xfe\x00layout")
-    with pytest.raises(ValueError, match=r"broken\.json"):
+    with pytest.raises(ValueError, match=r"broken\.json: Expected a layout in JSON, got a file"):
         GroupLayout.load(broken)
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(
-        ValueError, match="binary: Expected a layout in JSON, got a file that is no"
-    ):
-        GroupLayout.load(tmp_path / "binary")
 
 
 # What is refused ----------------------------------------------------------------------------
