@@ -161,7 +161,8 @@ def compare(folder: Path, seeds: Sequence[int], names: list[str], shared: list[s
     first = distributed.is_first()
     for seed, name in tqdm(lines, "Methods", unit="run", disable=not first):
         place = folder / f"seed-{seed}"
-        if not (place / name / "run.json").exists():  # the last that a run writes
+        # The last that a run writes.
+        if not distributed.from_first((place / name / "run.json").exists()):
             status = run(place, seed, name, shared)
             if status != 0:
                 return status

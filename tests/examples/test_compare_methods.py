@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 pytest.importorskip("torchvision")
 pytest.importorskip("lvis")
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import compare_methods as compare
 import torchvision_lvis_train
+import two_ranks_late
 from checkpoints import Checkpoint
 from methods import METHODS
 from pipeline_cases import data_arguments, environment
@@ -97,6 +99,27 @@ def test_a_comparison_that_was_stopped_goes_on(
     assert "the disk is full" in capsys.readouterr().err
     assert compare.main(arguments(few, folder, "bags")) == 0
     assert "bags" in json.loads((folder / "results.json").read_text())["0"]
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+def test_two_processes_agree_on_what_is_there_already(few: Path, tmp_path: Path) -> None:
+    """Also if one is late, and finds files that the other has just written."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", "2", two_ranks_late.__file__]
+    process = subprocess.Popen(
+        [*launcher, *arguments(few, tmp_path / "comparison", "tau_norm", "ncm_fc")],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        printed, _ = process.communicate(timeout=200)
+    finally:
+        process.terminate()  # the launcher, which ends its processes, if they wait for ever
+    assert process.returncode == 0, printed[-3000:]
+    results = json.loads((tmp_path / "comparison" / "results.json").read_text())
+    assert set(results["0"]) == {"softmax", "tau_norm", "ncm_fc"}
 
 
 def test_every_line_has_a_control_that_is_run() -> None:
