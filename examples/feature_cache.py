@@ -378,6 +378,7 @@ def _proposing_as_in_training(model: nn.Module, rois: int, foreground_share: flo
     for limits in (rpn._pre_nms_top_n, rpn._post_nms_top_n):
         limits["testing"] = limits["training"]
     detector.roi_heads.fg_bg_sampler = BalancedPositiveNegativeSampler(rois, foreground_share)
+    detector.roi_heads.mask_head = None  # else targets would need masks, which nothing reads here
     return detector
 
 
