@@ -101,6 +101,29 @@ def test_a_comparison_that_was_stopped_goes_on(
     assert "bags" in json.loads((folder / "results.json").read_text())["0"]
 
 
+def test_others_go_on_without_a_method_that_fails(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import stages
+
+    def no_tail(name: str, data: Any, counts: Any) -> Any:
+        if name == "finetune_tail":
+            raise ValueError("nothing is rare")
+        return data
+
+    monkeypatch.setattr(stages, "training_data", no_tail)
+    folder = tmp_path / "comparison"
+    assert compare.main(arguments(few, folder, "finetune_tail", "tau_norm")) == 2
+    told = capsys.readouterr().err
+    assert "nothing is rare" in told
+    assert "without finetune_tail (seed 0)" in told
+    results = json.loads((folder / "results.json").read_text())["0"]
+    assert set(results) == {"softmax", "x2", "tau_norm"}
+    table = (folder / "table.md").read_text().splitlines()
+    (row,) = [line for line in table if line.startswith("| finetune tail |")]
+    assert not any(cell.strip() for cell in row.split("|")[2:-2])
+
+
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 def test_two_processes_agree_on_what_is_there_already(few: Path, tmp_path: Path) -> None:
     """Also if one is late, and finds files that the other has just written."""
@@ -144,6 +167,10 @@ def test_longer_and_slower_follow_the_recipe(tmp_path: Path) -> None:
     assert "20" in compare.own_options("bags_longer", ["--steps", "12"])
     config = Path(torchvision_lvis_train.__file__).parent / "configs" / "faster_rcnn_r50.toml"
     assert "20.0" in compare.own_options("bags_longer", ["--config", str(config)])
+    tail = compare.own_options("finetune_tail", ["--steps", "12", "--learning-rate", "0.5"])
+    assert tail[2:] == ["--bags.learning-rate", "0.005", "--bags.steps", "10"]
+    tail = compare.own_options("finetune_tail", ["--config", str(config), "--epochs", "6"])
+    assert tail[2:] == ["--bags.learning-rate", "0.0001", "--bags.epochs", "5.0"]
     small = compare.own_options("bags_all_small_rate", ["--learning-rate", "0.5"])
     assert small[-2:] == ["--bags.learning-rate", "0.05"]
 
