@@ -125,8 +125,11 @@ class FeatureCache:
 
     def _reserve(self) -> None:
         """Make the files in full, as far as they are not: memory that has no room is no error."""
-        for name, size in self._sizes().items():
-            path = self.folder / name
+        sizes = {self.folder / name: size for name, size in self._sizes().items()}
+        if all(path.exists() and path.stat().st_size == size for path, size in sizes.items()):
+            return
+        (self.folder / "done").unlink(missing_ok=True)  # of features that were lost or cut short
+        for path, size in sizes.items():
             if not path.exists() or path.stat().st_size != size:
                 with path.open("wb") as file:
                     if size and hasattr(os, "posix_fallocate"):

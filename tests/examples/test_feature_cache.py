@@ -216,6 +216,18 @@ def test_too_little_room_is_told_before(
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_a_file_that_was_cut_short_is_filled_again(
+    tmp_path: Path, model: Any, dataset: LVISDetection
+) -> None:
+    whole = np.array(filled(tmp_path / "cache", model, dataset).features)
+    for name in ("features", "labels"):
+        path = tmp_path / "cache" / name
+        path.write_bytes(path.read_bytes()[:100])
+        again = filled(tmp_path / "cache", model, dataset)
+        assert np.array_equal(again.features, whole)
+        assert again.done.all()
+
+
 def test_size_is_that_of_the_files(tmp_path: Path, model: Any, dataset: LVISDetection) -> None:
     cache = filled(tmp_path / "cache", model, dataset, passes=2)
     sizes = [(tmp_path / "cache" / name).stat().st_size for name in ("features", "labels", "done")]
