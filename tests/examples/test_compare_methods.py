@@ -189,6 +189,12 @@ def test_options_that_do_not_go(tmp_path: Path, capsys: Any, extra: list[str], s
     assert said in capsys.readouterr().err
 
 
+def test_a_part_of_a_name_is_no_option(tmp_path: Path) -> None:
+    """It would be passed over: each method has its own."""
+    with pytest.raises(SystemExit):
+        compare.main(["--output", str(tmp_path / "new"), "--see", "3"])
+
+
 def test_a_folder_with_other_files_is_left_alone(few: Path, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "mine").write_text("")
     assert compare.main(arguments(few, tmp_path, "bags")) == 2
