@@ -8,6 +8,7 @@ twice: `add_discriminant` gives a head a better start; `DiscriminantHead` also a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -148,7 +149,7 @@ class FeatureStatistics:
         number = _num_foreground(self)
         if number == 0:
             raise ValueError("Expected features of at least one category, got none")
-        if not bool(self.products.isfinite().all()):
+        if not all(bool(values.isfinite().all()) for values in (self.sums, self.products)):
             raise ValueError("Expected finite features, got some that are not")
         between = (sums / counts.clamp(min=1)[:, None]).T @ sums
         return (self.products - between) / number
@@ -197,7 +198,7 @@ def discriminant_rows(
             f"Expected `statistics` to be FeatureStatistics, got {type(statistics).__name__}"
         )
     others_ratio = as_float(others_ratio, "others_ratio", lowest=0)
-    shrinkage = as_float(shrinkage, "shrinkage", lowest=1e-9)
+    shrinkage = _finite(shrinkage, "shrinkage", lowest=1e-9)
     layout, covariance = statistics.layout, statistics.covariance()
     size = float(covariance.diagonal().mean())
     power = float(statistics.products.diagonal().mean()) / _num_foreground(statistics)
@@ -270,19 +271,26 @@ def add_discriminant(
     weight, bias = _rows_for(head, statistics, shrinkage)
     layout = head.layout
     if isinstance(strength, Sequence):
-        strengths = [as_float(value, "strength", lowest=0) for value in strength]
+        strengths = [_finite(value, "strength", lowest=0) for value in strength]
         if len(strengths) != len(layout.groups):
             raise ValueError(
                 f"Expected `strength` with {len(layout.groups)} numbers, one for each group of "
                 f"categories, got {len(strengths)}"
             )
     else:
-        strengths = [as_float(strength, "strength", lowest=0)] * len(layout.groups)
+        strengths = [_finite(strength, "strength", lowest=0)] * len(layout.groups)
     starts = layout.group_starts[layout.num_groups - len(layout.groups) :]
     for start, group, factor in zip(starts, layout.groups, strengths, strict=True):
         columns = slice(start, start + 1 + len(group))
         head.fc.weight[columns] += (factor * weight[columns]).to(head.fc.weight)
         head.fc.bias[columns] += (factor * bias[columns]).to(head.fc.bias)
+
+
+def _finite(value: float, name: str, *, lowest: float) -> float:
+    number = as_float(value, name, lowest=lowest)
+    if not math.isfinite(number):
+        raise ValueError(f"Expected `{name}` to be finite, got {number}")
+    return number
 
 
 def _rows_for(

@@ -192,6 +192,10 @@ def test_statistics_that_do_not_serve() -> None:
     statistics.update(torch.full((1, F), torch.inf), torch.ones(1, dtype=torch.int64))
     with pytest.raises(ValueError, match="finite features"):
         add_discriminant(head, statistics)
+    of_background = gathered(layout, *rows_of(layout))
+    of_background.update(torch.full((1, F), torch.nan), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="finite features"):
+        add_discriminant(head, of_background)
     for seed in range(4):  # a spread of nothing but rounding, of either sign
         generator = torch.Generator().manual_seed(seed)
         rounded = FeatureStatistics(layout, F)
@@ -216,7 +220,9 @@ def test_statistics_that_do_not_serve() -> None:
         ({"strength": -0.1}, ValueError, "strength"),
         ({"strength": [0.1, 0.1]}, ValueError, "4 numbers"),
         ({"strength": "much"}, TypeError, "strength"),
+        ({"strength": math.inf}, ValueError, "`strength` to be finite"),
         ({"shrinkage": 0.0}, ValueError, "shrinkage"),
+        ({"shrinkage": math.inf}, ValueError, "`shrinkage` to be finite"),
         ({"head": nn.Linear(F, 9)}, TypeError, "`head`"),
         ({"head": BAGSHead(F, GroupLayout.from_counts(COUNTS), bias=False)}, ValueError, "a bias"),
         ({"head": BAGSHead(F + 1, GroupLayout.from_counts(COUNTS))}, ValueError, "6 features"),
