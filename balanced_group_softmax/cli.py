@@ -78,7 +78,7 @@ def _groups(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     _check_outputs(args.checkpoint, args.plot, args.plot)
-    content = load_torch(args.checkpoint)
+    content = load_torch(args.checkpoint, skip_records=True)
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{args.checkpoint}: expected a dict of weights, got {type(content).__name__}"
