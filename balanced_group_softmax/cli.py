@@ -312,8 +312,6 @@ output, a line for each group:
   fewest      the category with the fewest instances, and with the most
 The row `all` has the width of the classifier under `columns`. In the picture a bar or step is a
 category, and dashed lines are the thresholds.
-
-Groups of one or two categories learn little beside `others`: choose thresholds that avoid them.
 """
 
 _INSPECT_HELP = """\
@@ -329,9 +327,9 @@ output, for each head its place and a line for each group:
   mean, min, max
               of the L2 norms of the categories' rows of weights
   others      the norm of the row of `others`
-A plain softmax has larger norms for frequent categories; with BAGS those of rare groups should be
-of the same order. In the picture a dot is a category, a line the mean of its group, and a dashed
-line its `others`. For a checkpoint without a layout, what may be its classifier is named.
+In figure 1 of the paper a plain softmax has larger norms for frequent categories, which is what the
+groups are there to even out. In the picture a dot is a category, a line the mean of its group, and
+a dashed line its `others`. For a checkpoint without a layout, what may be its classifier is named.
 """
 
 _IMPORT_HELP = """\
