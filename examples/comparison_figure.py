@@ -45,8 +45,8 @@ def plot(
     left.set_yticks(range(len(titles)), list(titles.values()))
     left.set_ylim(len(titles) - 0.4, -0.6)
     figure.suptitle(
-        "small dots: seeds   |   large dots: their mean   |   upright line: plain softmax after as "
-        "many steps",
+        "small dots: seeds   |   large dots: their mean   |   upright line: mean of the control, "
+        "plain softmax",
         fontsize=9,
         color=INK,
     )
