@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from training import Job, train
 
 from balanced_group_softmax.adapters.torchvision import freeze
+from balanced_group_softmax.discriminant import DiscriminantHead
 
 SOFTMAX, CONTINUED, BAGS = "softmax", "softmax_continued", "bags"
 STAGE_NUMBER = {"softmax": 1, "bags": 2}
@@ -179,6 +180,11 @@ def trained(
         assert start is not None
         cache = filled_cache(setting, wanted, start, recipe)
         module = CachedClassifier(model.get_submodule(PREDICTOR))
+    if method.kind is DiscriminantHead and recipe.train != "classifier":
+        raise ValueError(
+            f"Expected `train` classifier with `--method {name}`, whose analysis is of features "
+            f"that do not change, got {recipe.train}"
+        )
     if method.discriminant and resumed is None:
         assert start is not None
         head: Any = model.get_submodule(PREDICTOR)

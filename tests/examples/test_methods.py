@@ -344,3 +344,11 @@ def test_the_discriminant_is_kept_by_the_head_that_asks_it(
     head: Any = model.get_submodule(PREDICTOR)
     assert isinstance(head, DiscriminantHead)
     assert torch.equal(head.discriminant_bias, both[f"{CLASSIFIER}discriminant_bias"])
+
+
+def test_the_analysis_is_of_frozen_features(
+    few: Path, tmp_path: Path, softmax: Path, capsys: Any
+) -> None:
+    options = ["--method", "bags_discriminant", "--checkpoint", str(softmax), "--train", "all"]
+    assert run(few, tmp_path / "run", *options) == 2
+    assert "features that do not change, got all" in capsys.readouterr().err
