@@ -15,7 +15,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.rpn import AnchorGenerator  # noqa: E402
 from torchvision.ops import MultiScaleRoIAlign  # noqa: E402
 
-from balanced_group_softmax import GroupLayout  # noqa: E402
+from balanced_group_softmax import GroupLayout, grouped_softmax_loss  # noqa: E402
 from balanced_group_softmax.adapters.torchvision import convert_classifier, freeze  # noqa: E402
 from balanced_group_softmax.rebalance.nearest_class_mean import (  # noqa: E402
     ClassMeans,
@@ -139,12 +139,15 @@ def test_the_code_of_the_documentation_runs() -> None:
         "model": detector(),
         "counts": COUNTS,
         "layout": layout,
-        "logits": torch.zeros(3, layout.num_logits),
-        "labels": torch.tensor([0, 1, 2]),
     }
     for block in blocks:
         exec(block, scope)
-    assert scope["loss"].isfinite()
+    head = scope["head"]
+    logits, labels = head(torch.zeros(3, head.in_features)), torch.tensor([0, 1, 2])
+    plain = grouped_softmax_loss(logits, labels, layout, others_ratio=torch.inf)
+    head.others_ratio = torch.inf
+    assert head.loss(logits, labels).isfinite()
+    assert not torch.equal(head.loss(logits, labels), plain)  # the weights count
     assert len(scope["parameters"]) == 2
 
 
