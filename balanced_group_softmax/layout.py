@@ -288,9 +288,7 @@ class GroupLayout:
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
-            raise ValueError(
-                f"{path}: Expected a layout in JSON, got a file that is no text"
-            ) from None
+            raise ValueError(f"{path}: Expected a layout in JSON, got a file of no text") from None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
 
