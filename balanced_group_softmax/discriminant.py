@@ -8,6 +8,7 @@ twice: `add_discriminant` gives a head a better start; `DiscriminantHead` also a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ from balanced_group_softmax.layout import GroupLayout
 from balanced_group_softmax.sampling import check_labels, check_layout
 
 __all__ = ["DiscriminantHead", "FeatureStatistics", "add_discriminant", "discriminant_rows"]
+
+ROUNDING = 1e-13
+"""Of the mean square: a variance below it is what float64 leaves of the difference of two sums."""
 
 
 class FeatureStatistics:
@@ -142,13 +146,18 @@ class FeatureStatistics:
             ValueError: if no category has a row, or features are not finite.
         """
         counts, sums = self.counts[self.layout.foreground], self.sums[self.layout.foreground]
-        number = int(counts.sum())
+        number = _num_foreground(self)
         if number == 0:
             raise ValueError("Expected features of at least one category, got none")
-        if not bool(self.products.isfinite().all()):
+        if not all(bool(values.isfinite().all()) for values in (self.sums, self.products)):
             raise ValueError("Expected finite features, got some that are not")
         between = (sums / counts.clamp(min=1)[:, None]).T @ sums
         return (self.products - between) / number
+
+
+def _num_foreground(statistics: FeatureStatistics) -> int:
+    """How many rows of categories were gathered."""
+    return int(statistics.counts[statistics.layout.foreground].sum())
 
 
 def discriminant_rows(
@@ -189,13 +198,17 @@ def discriminant_rows(
             f"Expected `statistics` to be FeatureStatistics, got {type(statistics).__name__}"
         )
     others_ratio = as_float(others_ratio, "others_ratio", lowest=0)
-    shrinkage = as_float(shrinkage, "shrinkage", lowest=1e-9)
+    shrinkage = _finite(shrinkage, "shrinkage", lowest=1e-9)
     layout, covariance = statistics.layout, statistics.covariance()
     size = float(covariance.diagonal().mean())
-    if not size > 0:
-        raise ValueError("Expected features that vary within a category, got none")
+    power = float(statistics.products.diagonal().mean()) / _num_foreground(statistics)
     identity = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-    factor = torch.linalg.cholesky(covariance + shrinkage * size * identity)
+    factor, failed = torch.linalg.cholesky_ex(covariance + shrinkage * size * identity)
+    if not size > ROUNDING * power or int(failed):
+        raise ValueError(
+            "Expected features that vary within a category by more than rounding, got a variance "
+            f"of {size:g} where their mean square is {power:g}"
+        )
 
     weight = torch.zeros(
         layout.num_logits, statistics.num_features, dtype=torch.float64, device=covariance.device
@@ -212,7 +225,8 @@ def discriminant_rows(
             own[:, None] > 0, sums[at] / own.clamp(min=1)[:, None], mean[None].expand(len(at), -1)
         )
         means = torch.cat([mean[None], means])
-        counted = torch.minimum(others_ratio * own.sum(), others)
+        # A group that was never seen counts no others, whatever the ratio: inf * 0 is NaN.
+        counted = torch.minimum((others_ratio * own.sum()).nan_to_num(nan=0.0), others)
         shares = torch.cat([counted[None], own]).clamp(min=1)
         rows = torch.cholesky_solve(means.T, factor).T
         columns = slice(start, start + len(means))
@@ -257,19 +271,26 @@ def add_discriminant(
     weight, bias = _rows_for(head, statistics, shrinkage)
     layout = head.layout
     if isinstance(strength, Sequence):
-        strengths = [as_float(value, "strength", lowest=0) for value in strength]
+        strengths = [_finite(value, "strength", lowest=0) for value in strength]
         if len(strengths) != len(layout.groups):
             raise ValueError(
                 f"Expected `strength` with {len(layout.groups)} numbers, one for each group of "
                 f"categories, got {len(strengths)}"
             )
     else:
-        strengths = [as_float(strength, "strength", lowest=0)] * len(layout.groups)
+        strengths = [_finite(strength, "strength", lowest=0)] * len(layout.groups)
     starts = layout.group_starts[layout.num_groups - len(layout.groups) :]
     for start, group, factor in zip(starts, layout.groups, strengths, strict=True):
         columns = slice(start, start + 1 + len(group))
         head.fc.weight[columns] += (factor * weight[columns]).to(head.fc.weight)
         head.fc.bias[columns] += (factor * bias[columns]).to(head.fc.bias)
+
+
+def _finite(value: float, name: str, *, lowest: float) -> float:
+    number = as_float(value, name, lowest=lowest)
+    if not math.isfinite(number):
+        raise ValueError(f"Expected `{name}` to be finite, got {number}")
+    return number
 
 
 def _rows_for(

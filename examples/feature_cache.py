@@ -125,8 +125,11 @@ class FeatureCache:
 
     def _reserve(self) -> None:
         """Make the files in full, as far as they are not: memory that has no room is no error."""
-        for name, size in self._sizes().items():
-            path = self.folder / name
+        sizes = {self.folder / name: size for name, size in self._sizes().items()}
+        if all(path.exists() and path.stat().st_size == size for path, size in sizes.items()):
+            return
+        (self.folder / "done").unlink(missing_ok=True)  # of features that were lost or cut short
+        for path, size in sizes.items():
             if not path.exists() or path.stat().st_size != size:
                 with path.open("wb") as file:
                     if size and hasattr(os, "posix_fallocate"):
@@ -378,6 +381,7 @@ def _proposing_as_in_training(model: nn.Module, rois: int, foreground_share: flo
     for limits in (rpn._pre_nms_top_n, rpn._post_nms_top_n):
         limits["testing"] = limits["training"]
     detector.roi_heads.fg_bg_sampler = BalancedPositiveNegativeSampler(rois, foreground_share)
+    detector.roi_heads.mask_head = None  # else targets would need masks, which nothing reads here
     return detector
 
 

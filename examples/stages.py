@@ -218,8 +218,12 @@ def _found(setting: Setting, done: Path, partial: Path) -> tuple[Path, Checkpoin
     """Return the checkpoint to go on from, if there is one and it is asked for."""
     if not setting.resume:
         return None
-    path = done if done.exists() else partial
-    return (path, Checkpoint.load(path)) if path.exists() else None
+    # One process looks for all: a method that does not train ends without waiting for the others.
+    there = distributed.from_first([path.exists() for path in (done, partial)])
+    if not any(there):
+        return None
+    path = done if there[0] else partial
+    return path, Checkpoint.load(path)
 
 
 def make_model(setting: Setting, name: str, start: Checkpoint | None) -> nn.Module:

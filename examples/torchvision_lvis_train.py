@@ -173,8 +173,11 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
         "val_data": data.val.fingerprint[:16],
     }
     recipe_file = folder / EFFECTIVE
-    if args.resume and recipe_file.exists():
-        distributed.first_does(lambda: check_folder(recipe_file, recipes, identity))
+    if args.resume:
+        # The first process looks for all: it writes the file below, and others may be late.
+        distributed.first_does(
+            lambda: check_folder(recipe_file, recipes, identity) if recipe_file.exists() else None
+        )
     if distributed.is_first():
         if args.annotations and not args.config and start is None:
             print(

@@ -23,7 +23,9 @@ STAGES = {
 
 def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # who looks for an option among arguments knows its name
     )
     add = parser.add_argument
     add("--config", type=Path, metavar="TOML", help="recipe (default: the demo's)")

@@ -140,6 +140,18 @@ def test_it_tells_few_examples_from_much_else() -> None:
     assert sum(right) / len(right) > 0.85
 
 
+@pytest.mark.parametrize("ratio", [0.0, 8.0, math.inf])
+def test_a_group_without_rows(ratio: float) -> None:
+    """All of it is alike, and the other groups are as ever."""
+    layout = GroupLayout.from_counts([0, 0, 2500, 3000])
+    features, labels = torch.randn(60, F), torch.tensor([0, 3, 4] * 20)
+    weight, bias = discriminant_rows(gathered(layout, features, labels), others_ratio=ratio)
+    assert weight.isfinite().all()
+    assert bias.isfinite().all()
+    start = layout.group_starts[1]
+    assert torch.equal(bias[start : start + 3], bias[start].expand(3))
+
+
 def test_a_layout_of_the_original_may_have_an_empty_group() -> None:
     layout = GroupLayout(((0, 1), (), (2,)), ("a", "b", "c"), "first", None)
     labels = torch.arange(40) % 4
@@ -180,6 +192,19 @@ def test_statistics_that_do_not_serve() -> None:
     statistics.update(torch.full((1, F), torch.inf), torch.ones(1, dtype=torch.int64))
     with pytest.raises(ValueError, match="finite features"):
         add_discriminant(head, statistics)
+    of_background = gathered(layout, *rows_of(layout))
+    of_background.update(torch.full((1, F), torch.nan), torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="finite features"):
+        add_discriminant(head, of_background)
+    for seed in range(4):  # a spread of nothing but rounding, of either sign
+        generator = torch.Generator().manual_seed(seed)
+        rounded = FeatureStatistics(layout, F)
+        rows = torch.randn(7, F, generator=generator)
+        rows *= (3 * torch.randn(7, F, generator=generator)).exp()
+        for _ in range(100):
+            rounded.update(rows, torch.arange(7))
+        with pytest.raises(ValueError, match="more than rounding"):
+            add_discriminant(head, rounded)
     other = gathered(GroupLayout.from_counts(COUNTS, thresholds=(100,)), *rows_of(layout))
     with pytest.raises(ValueError, match="of the head's layout"):
         add_discriminant(head, other)
@@ -195,7 +220,9 @@ def test_statistics_that_do_not_serve() -> None:
         ({"strength": -0.1}, ValueError, "strength"),
         ({"strength": [0.1, 0.1]}, ValueError, "4 numbers"),
         ({"strength": "much"}, TypeError, "strength"),
+        ({"strength": math.inf}, ValueError, "`strength` to be finite"),
         ({"shrinkage": 0.0}, ValueError, "shrinkage"),
+        ({"shrinkage": math.inf}, ValueError, "`shrinkage` to be finite"),
         ({"head": nn.Linear(F, 9)}, TypeError, "`head`"),
         ({"head": BAGSHead(F, GroupLayout.from_counts(COUNTS), bias=False)}, ValueError, "a bias"),
         ({"head": BAGSHead(F + 1, GroupLayout.from_counts(COUNTS))}, ValueError, "6 features"),

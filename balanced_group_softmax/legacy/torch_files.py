@@ -4,6 +4,7 @@ import mmap
 import tarfile
 import zipfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,14 @@ from torch import Tensor
 __all__ = ["is_plain", "load_torch"]
 
 
-def load_torch(path: Path) -> Any:
+def load_torch(path: Path, *, skip_records: bool = False) -> Any:
     """Read a file of `torch.save`, tensors on the CPU.
+
+    Args:
+        path: of the file.
+        skip_records: read a checkpoint in spite of what training keeps in it beside weights: the
+            log of mmengine (with it, of mmdet 3) and the arguments of torchvision's scripts. Empty
+            objects stand in their place. Without it, and before torch 2.5, they are refused.
 
     Raises:
         OSError: the file cannot be read.
@@ -33,7 +40,8 @@ def load_torch(path: Path) -> Any:
         if head[:4] == b"PK\x03\x04":
             _check_stored(path)
         _check_names(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with _stand_ins() if skip_records else nullcontext():
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, _Refused):
         raise
     except Exception as error:  # a corrupt file may fail in any way
@@ -51,6 +59,41 @@ def is_plain(tensor: Tensor) -> bool:
     return not (
         tensor.is_nested or tensor.is_quantized or tensor.is_meta or tensor.layout != torch.strided
     )
+
+
+class _Skipped:
+    """Stands for an object that is not read: takes what it is given and keeps nothing of it."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_RECORDS = (
+    ("argparse", "Namespace"),
+    ("mmengine.logging.history_buffer", "HistoryBuffer"),
+    # Of which a HistoryBuffer is made. Neither numpy nor getattr is called.
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("builtins", "getattr"),
+    ("__builtin__", "getattr"),
+)
+
+
+def _stand_ins() -> AbstractContextManager[Any]:
+    # torch finds what a name in the file stands for by the name and module of what is admitted.
+    admit = getattr(torch.serialization, "safe_globals", None)
+    if admit is None:
+        return nullcontext()
+    classes = [type(name, (_Skipped,), {"__module__": module}) for module, name in _RECORDS]
+    admitted: AbstractContextManager[Any] = admit(classes)
+    return admitted
 
 
 class _Refused(ValueError):

@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 pytest.importorskip("torchvision")
 pytest.importorskip("lvis")
@@ -15,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import compare_methods as compare
 import torchvision_lvis_train
+import two_ranks_late
 from checkpoints import Checkpoint
 from methods import METHODS
 from pipeline_cases import data_arguments, environment
@@ -99,6 +101,50 @@ def test_a_comparison_that_was_stopped_goes_on(
     assert "bags" in json.loads((folder / "results.json").read_text())["0"]
 
 
+def test_others_go_on_without_a_method_that_fails(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    import stages
+
+    def no_tail(name: str, data: Any, counts: Any) -> Any:
+        if name == "finetune_tail":
+            raise ValueError("nothing is rare")
+        return data
+
+    monkeypatch.setattr(stages, "training_data", no_tail)
+    folder = tmp_path / "comparison"
+    assert compare.main(arguments(few, folder, "finetune_tail", "tau_norm")) == 2
+    told = capsys.readouterr().err
+    assert "nothing is rare" in told
+    assert "without finetune_tail (seed 0)" in told
+    results = json.loads((folder / "results.json").read_text())["0"]
+    assert set(results) == {"softmax", "x2", "tau_norm"}
+    table = (folder / "table.md").read_text().splitlines()
+    (row,) = [line for line in table if line.startswith("| finetune tail |")]
+    assert not any(cell.strip() for cell in row.split("|")[2:-2])
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+def test_two_processes_agree_on_what_is_there_already(few: Path, tmp_path: Path) -> None:
+    """Also if one is late, and finds files that the other has just written."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc-per-node", "2", two_ranks_late.__file__]
+    process = subprocess.Popen(
+        [*launcher, *arguments(few, tmp_path / "comparison", "tau_norm", "ncm_fc")],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        printed, _ = process.communicate(timeout=200)
+    finally:
+        process.terminate()  # the launcher, which ends its processes, if they wait for ever
+    assert process.returncode == 0, printed[-3000:]
+    results = json.loads((tmp_path / "comparison" / "results.json").read_text())
+    assert set(results["0"]) == {"softmax", "tau_norm", "ncm_fc"}
+
+
 def test_every_line_has_a_control_that_is_run() -> None:
     names = compare.chosen(["all"], SHORT)
     assert set(names) == set(compare.ENTRIES)
@@ -121,6 +167,10 @@ def test_longer_and_slower_follow_the_recipe(tmp_path: Path) -> None:
     assert "20" in compare.own_options("bags_longer", ["--steps", "12"])
     config = Path(torchvision_lvis_train.__file__).parent / "configs" / "faster_rcnn_r50.toml"
     assert "20.0" in compare.own_options("bags_longer", ["--config", str(config)])
+    tail = compare.own_options("finetune_tail", ["--steps", "12", "--learning-rate", "0.5"])
+    assert tail[2:] == ["--bags.learning-rate", "0.005", "--bags.steps", "10"]
+    tail = compare.own_options("finetune_tail", ["--config", str(config), "--epochs", "6"])
+    assert tail[2:] == ["--bags.learning-rate", "0.0001", "--bags.epochs", "5.0"]
     small = compare.own_options("bags_all_small_rate", ["--learning-rate", "0.5"])
     assert small[-2:] == ["--bags.learning-rate", "0.05"]
 
@@ -137,6 +187,12 @@ def test_longer_and_slower_follow_the_recipe(tmp_path: Path) -> None:
 def test_options_that_do_not_go(tmp_path: Path, capsys: Any, extra: list[str], said: str) -> None:
     assert compare.main(["--output", str(tmp_path / "new"), *extra]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_part_of_a_name_is_no_option(tmp_path: Path) -> None:
+    """It would be passed over: each method has its own."""
+    with pytest.raises(SystemExit):
+        compare.main(["--output", str(tmp_path / "new"), "--see", "3"])
 
 
 def test_a_folder_with_other_files_is_left_alone(few: Path, tmp_path: Path, capsys: Any) -> None:

@@ -97,6 +97,20 @@ def test_features_are_those_that_the_classifier_reads(
         assert (labels > 0).any()
 
 
+def test_mask_rcnn_stores_features_as_well(few: Path, tmp_path: Path) -> None:
+    arguments = [*data_arguments(few), "--steps", "2", "--batch-size", "2"]
+    arguments += ["--short-sides", "64", "--long-side", "128", "--detector", "mask_rcnn"]
+    softmax = tmp_path / "softmax" / "softmax.pt"
+    assert example.main([*arguments, "--method", "softmax", "--output", str(softmax.parent)]) == 0
+    arguments += ["--checkpoint", str(softmax)]
+    cache = ["--cache-features", str(tmp_path / "cache")]
+    for name, options in (("bags", cache), ("bags_discriminant", [])):
+        run = [*arguments, *options, "--method", name, "--output", str(tmp_path / name)]
+        assert example.main(run) == 0
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())[name]
+        assert metrics["segm_AP"] is not None
+
+
 def test_passes_differ_and_a_broken_run_goes_on(
     tmp_path: Path, model: Any, dataset: LVISDetection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +214,18 @@ def test_too_little_room_is_told_before(
     with pytest.raises(OSError, match=r"Expected room for .* GB of features, found 0\.00 GB"):
         filled(tmp_path / "cache", model, dataset)
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_file_that_was_cut_short_is_filled_again(
+    tmp_path: Path, model: Any, dataset: LVISDetection
+) -> None:
+    whole = np.array(filled(tmp_path / "cache", model, dataset).features)
+    for name in ("features", "labels"):
+        path = tmp_path / "cache" / name
+        path.write_bytes(path.read_bytes()[:100])
+        again = filled(tmp_path / "cache", model, dataset)
+        assert np.array_equal(again.features, whole)
+        assert again.done.all()
 
 
 def test_size_is_that_of_the_files(tmp_path: Path, model: Any, dataset: LVISDetection) -> None:

@@ -1,0 +1,251 @@
+"""The pictures of the commands: counts by category, and weight norms, coloured by group.
+
+matplotlib is loaded by the first call and not by importing this module.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["CountGroup", "NormGroup", "draw_counts", "draw_norms", "require_matplotlib", "save"]
+
+_INK = "#2b2d42"
+# From rare to frequent; told apart in grey and by colour-blind readers too.
+_COLOURS = ("#e07a2f", "#e9b44c", "#5fa8a0", "#2f4b7c")
+_NAMES_UP_TO = 80  # categories that fit with their names
+_LEGEND_UP_TO = 24  # entries; beyond that it would be larger than the picture
+_ROOM_FOR_TEXT = 0.03  # of the width, for a number below or above it
+
+
+class CountGroup(NamedTuple):
+    """A group in the picture of counts: its label, and its categories' names and counts."""
+
+    label: str
+    names: Sequence[str]
+    counts: Sequence[int]
+
+
+class NormGroup(NamedTuple):
+    """A group in the picture of norms: its label, its categories' norms, and that of `others`."""
+
+    label: str
+    norms: np.ndarray
+    others: float
+
+
+def require_matplotlib() -> None:
+    """Raise ImportError, with what to install, where matplotlib is missing."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"Expected matplotlib for --plot, got {error}; `python -m pip install matplotlib` "
+            "installs it, and without --plot it is not needed"
+        ) from None
+
+
+def draw_counts(groups: Sequence[CountGroup], thresholds: Sequence[int], title: str) -> Any:
+    """Draw the instances of each category on a log axis, the most frequent category first.
+
+    Args:
+        groups: from rare to frequent, none of them empty.
+        thresholds: boundaries between groups, in instances.
+        title: of the picture.
+
+    Returns:
+        A figure of matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    number = sum(len(group.counts) for group in groups)
+    total = sum(sum(group.counts) for group in groups)
+    named = number <= _NAMES_UP_TO
+    figure = Figure(figsize=(10, 5.4 if named else 4.8), layout="constrained")
+    axes = figure.subplots()
+    axes.set_yscale("log")
+    floor = 0.5  # a logarithm knows no 0
+    highest = max(max(group.counts) for group in groups)
+    axes.set_ylim(floor, max(highest, 1) * 2.2)
+    start, names, boundaries = 0, [], [0]
+    unseen: list[int] = []
+    for group, colour in reversed(list(zip(groups, colours(len(groups)), strict=True))):
+        order = np.argsort(-np.asarray(group.counts, dtype=np.float64), kind="stable")
+        counts = np.asarray(group.counts, dtype=np.float64)[order]
+        ranks = start + 1 + np.arange(len(counts))
+        share = f", {100 * counts.sum() / total:.2g}% of instances" if total else ""
+        label = f"{group.label}: {_categories(len(counts))}{share}"
+        if named:
+            heights = np.maximum(counts, floor)
+            axes.bar(ranks, heights, 0.8, color=colour, label=label, zorder=2)
+        else:
+            edges = start + 0.5 + np.arange(len(counts) + 1)
+            heights = np.append(counts, counts[-1:])
+            axes.fill_between(
+                edges, np.maximum(heights, floor), floor, step="post", color=colour, lw=0,
+                label=label, zorder=2,
+            )  # fmt: skip
+        unseen += ranks[counts == 0].tolist()
+        names += [group.names[index] for index in order]
+        start += len(counts)
+        boundaries.append(start)
+    if unseen:
+        axes.scatter(
+            unseen, [floor * 1.15] * len(unseen), marker="x", s=18 if named else 6, lw=0.8,
+            color=_INK, label=f"never seen: {_categories(len(unseen))}", zorder=3, clip_on=False,
+        )  # fmt: skip
+    for threshold in thresholds:
+        if floor < threshold < highest * 2.2:
+            axes.axhline(threshold, color=_INK, lw=0.7, ls=(0, (4, 3)), alpha=0.6, zorder=1)
+    _mark_groups(axes, boundaries, named)
+    if named:
+        size = 9 if number <= 25 else 6.5
+        axes.set_xticks(range(1, number + 1), [_plain(name) for name in names], fontsize=size)
+        turn = {"rotation": 90} if number > 12 else {}
+        axes.tick_params(axis="x", **turn)
+    axes.set_xlabel("categories, the most frequent first")
+    axes.set_ylabel("training instances")
+    _finish(axes, columns=2)
+    _title(figure, title)
+    return figure
+
+
+def draw_norms(heads: Sequence[tuple[str, Sequence[NormGroup]]], title: str) -> Any:
+    """Draw the weight norm of each category, coloured by group: a panel for each head.
+
+    Groups stand from frequent to rare, and in each the categories from the largest norm to the
+    smallest, since a checkpoint does not hold counts.
+
+    Args:
+        heads: of each head its name and its groups, from rare to frequent.
+        title: of the picture.
+
+    Returns:
+        A figure of matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.4 + 3.0 * len(heads)), layout="constrained")
+    panels = figure.subplots(len(heads), squeeze=False)[:, 0]
+    for axes, (name, groups) in zip(panels, heads, strict=True):
+        start, boundaries = 0, [0]
+        number = sum(len(group.norms) for group in groups)
+        for group, colour in reversed(list(zip(groups, colours(len(groups)), strict=True))):
+            norms = np.sort(group.norms)[::-1]
+            if not len(norms):
+                continue
+            ends = [start + 0.5, start + len(norms) + 0.5]
+            axes.scatter(
+                start + 1 + np.arange(len(norms)), norms, s=22 if number <= 200 else 5,
+                color=colour, label=f"{group.label}: {_categories(len(norms))}", zorder=3,
+            )  # fmt: skip
+            mean = float(norms.mean())
+            axes.plot(ends, [mean, mean], color=colour, lw=1.8, zorder=2)
+            axes.plot(ends, [group.others] * 2, color=_INK, lw=1.4, ls=(0, (2, 1.5)), zorder=4)
+            start += len(norms)
+            boundaries.append(start)
+        axes.plot([], [], color="#777777", lw=1.8, label="mean of the group")
+        axes.plot([], [], color=_INK, lw=1.4, ls=(0, (2, 1.5)), label="`others` of the group")
+        axes.margins(y=0.14)  # room for the sizes of the groups
+        axes.set_ylim(bottom=0)
+        _mark_groups(axes, boundaries, named=False)
+        axes.set_ylabel("norm of the weights")
+        _finish(axes, columns=3, title=_plain(name, 100) if len(heads) > 1 else None)
+    panels[-1].set_xlabel("categories: groups from frequent to rare, in each by norm")
+    _title(figure, title)
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure in the format of the path's suffix; a file there is replaced in one step.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: the suffix is of no format that matplotlib writes.
+    """
+    formats = figure.canvas.get_supported_filetypes()
+    suffix = path.suffix[1:].lower()
+    if suffix not in formats:
+        raise ValueError(
+            f"{path}: expected a picture that ends in one of {', '.join(sorted(formats))}, got "
+            f"{path.suffix!r}"
+        )
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with warnings.catch_warnings():
+            # Names in scripts that the font lacks are drawn as boxes, which shows by itself.
+            warnings.filterwarnings("ignore", message="Glyph")
+            figure.savefig(partial, format=suffix, dpi=150, facecolor="white")
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def colours(number: int) -> list[Any]:
+    """Return a colour for each of some groups, from rare to frequent."""
+    from matplotlib.colors import LinearSegmentedColormap, to_hex
+
+    if number == 1:
+        return [_COLOURS[-1]]
+    if number == len(_COLOURS):
+        return list(_COLOURS)
+    colour_map = LinearSegmentedColormap.from_list("groups", _COLOURS)
+    return [to_hex(colour_map(index / (number - 1))) for index in range(number)]
+
+
+def _mark_groups(axes: Any, boundaries: Sequence[int], named: bool) -> None:
+    """Draw where groups end, and write their sizes above them where there is room."""
+    number = boundaries[-1]
+    axes.set_xlim(0.5, number + 0.5)
+    for boundary in boundaries[1:-1]:
+        axes.axvline(boundary + 0.5, color=_INK, lw=0.8, alpha=0.5, zorder=1)
+    for before, after in pairwise(boundaries):
+        if (after - before) / number >= _ROOM_FOR_TEXT:
+            axes.text(
+                (before + after + 1) / 2, 0.985, str(after - before), color=_INK, fontsize=10,
+                ha="center", va="top", transform=axes.get_xaxis_transform(), zorder=5,
+                fontweight="bold",
+            )  # fmt: skip
+    if not named:
+        ticks = [1]
+        for boundary in boundaries[1:]:
+            if (boundary - ticks[-1]) / number >= _ROOM_FOR_TEXT:
+                ticks.append(boundary)
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+
+
+def _finish(axes: Any, columns: int, title: str | None = None) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.yaxis.grid(True, color=_INK, alpha=0.12, zorder=0)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    handles, labels = axes.get_legend_handles_labels()
+    if len(handles) <= _LEGEND_UP_TO:
+        # Above the axes: nothing that is drawn is hidden, however the counts fall.
+        axes.legend(
+            handles, labels, frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 1.0),
+            ncols=columns, fontsize=9, borderaxespad=0.2, title=title, title_fontsize=10,
+            alignment="left",
+        )  # fmt: skip
+
+
+def _title(figure: Any, text: str) -> None:
+    figure.suptitle(_plain(text, 100), color=_INK, fontsize=12, x=0.01, ha="left")
+
+
+def _categories(number: int) -> str:
+    return "1 category" if number == 1 else f"{number} categories"
+
+
+def _plain(text: str, longest: int = 28) -> str:
+    """Text that is not read as mathematics, and not longer than there is room for."""
+    text = text if len(text) <= longest else f"{text[: longest - 3]}..."
+    return text.replace("$", r"\$")
