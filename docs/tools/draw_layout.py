@@ -200,7 +200,7 @@ def draw_scores(axes: Axes, layout: GroupLayout, spans: list[tuple[float, float]
         axes.text(
             (left + OTHERS_WIDTH + right) / 2 - 1.4,
             1.72,
-            "×",
+            "\u00d7",
             ha="center",
             va="center",
             fontsize=11,
