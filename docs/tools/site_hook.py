@@ -15,9 +15,6 @@ from latex2mathml.converter import convert
 from markdown import Extension, Markdown
 from markdown.preprocessors import Preprocessor
 
-# Pictures that a page announces and that are not drawn yet; take a line out when its file is there.
-NOT_YET = ("images/comparison.png",)
-
 _FENCE = re.compile(r"^( *)(```|~~~).*?^\1\2[ ]*$", re.M | re.S)
 _OUTSIDE = re.compile(r"(\(?)(?<!!)\[([^\]]+)\]\((?:\.\./)+([^)#\s]+)(?:#[^)]*)?\)")
 _BLOCK = re.compile(r"^( *)\.\. math::(.*(?:\n\1 +\S.*)*)", re.M)
@@ -43,10 +40,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             code = re.sub(r"^(?=.)", " " * (4 - indent), code, flags=re.M)
         parts.append(code)
         end = fence.end()
-    text = "".join(parts) + _without_links(markdown[end:])
-    for name in NOT_YET:
-        text = re.sub(rf"!\[([^\]]*)\]\({re.escape(name)}\)", r"*(picture to come: \1)*", text)
-    return text
+    return "".join(parts) + _without_links(markdown[end:])
 
 
 def _without_links(text: str) -> str:
