@@ -54,7 +54,7 @@ def around(model: nn.Module, layout: GroupLayout, boxes: Tensor, scores: Tensor)
         boxes, scores, score_threshold=0.0, nms_threshold=0.5, max_detections=300
     )
     torch.stack(found.labels)  # E: attr-defined
-    convert_classifier(model, nn.Linear(16, 4))  # E: arg-type
+    convert_classifier(model, layout)  # E: arg-type
     freeze(model, train="head")  # E: arg-type
     FocalClassifier(16, 3, activation="relu")  # E: arg-type
     SeesawClassifier(16, 3, background="none")  # E: arg-type

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import SGD
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from typing_extensions import assert_type
@@ -113,7 +114,7 @@ def heads(layout: GroupLayout, features: Tensor, labels: Tensor) -> Tensor:
     assert_type(grouped_softmax_loss(logits, labels, layout, reduction="groups"), Tensor)
     assert_type(grouped_softmax_scores(logits, layout, impl="reference"), Tensor)
     assert_type(sample_others(labels, layout, others_ratio=float("inf")), Tensor)
-    torch.optim.SGD(head.parameters(), lr=0.01)
+    SGD(head.parameters(), lr=0.01)
     return head.scores(logits)
 
 
@@ -202,7 +203,7 @@ def discriminant(layout: GroupLayout, features: Tensor, labels: Tensor) -> Tenso
     return head.scores(head(features))
 
 
-def detectors(layout: GroupLayout, own: nn.Module) -> torch.optim.Optimizer:
+def detectors(layout: GroupLayout, own: nn.Module) -> SGD:
     model = fasterrcnn_resnet50_fpn(weights=None, num_classes=4)
     convert_to_bags(model, layout, category_weights=torch.ones(3))
     assert_type(convert_to_bags(own, layout, inplace=False), nn.Module)
@@ -210,7 +211,7 @@ def detectors(layout: GroupLayout, own: nn.Module) -> torch.optim.Optimizer:
     convert_classifier(own, OwnClassifier(1024, 4))
     parameters = freeze(model, train="box_head")
     assert_type(parameters, list[nn.Parameter])
-    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+    return SGD(parameters, lr=0.01, momentum=0.9)
 
 
 def legacy(folder: Path) -> GroupLayout:
