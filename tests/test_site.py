@@ -43,6 +43,8 @@ def test_every_page_is_there_and_nothing_is_left_of_its_markup(site: Path) -> No
         text = re.sub(r"<(script|style|pre|code)\b.*?</\1>", "", html, flags=re.S)
         for left in (".. math::", ":math:", ":func:", "```", "](", "&gt;&gt;&gt;", "<merror"):
             assert left not in text, f"{left!r} in the page of docs/{name}.md"
+        assert "```" not in html, f"a block of docs/{name}.md is none in its page"
+        assert not re.search("<!-- (not )?run", html), f"a mark in the page of docs/{name}.md"
 
 
 def test_formulas_of_docstrings_are_mathml(site: Path) -> None:

@@ -3,6 +3,7 @@
 - Links to files outside docs/ (README, sources, examples) work on GitHub, but the site does not
   have these files, and cannot link to the repository until its address is settled. There they
   become plain text with the path behind it. All other links are checked by a strict build.
+- What a comment says to the tests about the block below it is left out.
 - Code blocks inside list items are indented by two spaces, which Python-Markdown wants to be four.
 - Docstrings have formulas and names as Sphinx roles, and examples as doctests. Formulas become
   MathML, which browsers show without any script; names and examples become code.
@@ -16,6 +17,7 @@ from markdown import Extension, Markdown
 from markdown.preprocessors import Preprocessor
 
 _FENCE = re.compile(r"^( *)(```|~~~).*?^\1\2[ ]*$", re.M | re.S)
+_MARK = re.compile(r"^ *<!-- (?:run|not run)\b.* -->\n", re.M)
 _OUTSIDE = re.compile(r"(\(?)(?<!!)\[([^\]]+)\]\((?:\.\./)+([^)#\s]+)(?:#[^)]*)?\)")
 _BLOCK = re.compile(r"^( *)\.\. math::(.*(?:\n\1 +\S.*)*)", re.M)
 _INLINE = re.compile(r":math:`([^`]+)`")
@@ -31,6 +33,7 @@ def on_config(config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Rewrite what GitHub understands and the site does not."""
+    markdown = _MARK.sub("", markdown)
     parts, end = [], 0
     for fence in _FENCE.finditer(markdown):
         parts.append(_without_links(markdown[end : fence.start()]))
