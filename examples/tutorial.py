@@ -91,9 +91,9 @@ picture(figure, "counts", "Training objects of each category, coloured by count 
 # %% [markdown]
 # ## A detector with plain softmax
 #
-# A small Faster R-CNN, torchvision's own but for the backbone. Its classifier is a linear layer
-# with 25 outputs, background and 24 categories, and its loss is cross-entropy. Nothing here knows
-# of the long tail.
+# A small Faster R-CNN, torchvision's own but for the backbone, and with one box regression for all
+# categories. Its classifier is a linear layer with 25 outputs, background and 24 categories, and
+# its loss is cross-entropy. Nothing here knows of the long tail.
 
 # %%
 from detection_data import collate
