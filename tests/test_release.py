@@ -159,9 +159,9 @@ def test_the_version_is_the_same_everywhere(metadata: Metadata) -> None:
     assert str(metadata.version) == __version__
     newest = re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
     assert newest
-    # `## 0.1.0 (unreleased)`, and at the release the day in its place.
+    # `## 0.1.0 - unreleased`, and at the release the day in its place.
     assert re.fullmatch(
-        rf"{re.escape(__version__)} \((unreleased|20\d\d-\d\d-\d\d)\)", newest.group(1)
+        rf"{re.escape(__version__)} - (unreleased|20\d\d-\d\d-\d\d)", newest.group(1)
     )
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert re.findall(r"^version: (.+)$", citation, re.M) == [__version__]
