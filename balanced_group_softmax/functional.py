@@ -35,8 +35,8 @@ def grouped_softmax_loss(
 ) -> Tensor:
     r"""Cross-entropy of each group's own softmax over the rows that count in it.
 
-    $$\ell_g = \frac{1}{S_g} \sum_{r:\, w_{rg} > 0} w_{rg}\,
-    \mathrm{CE}(z_{r,g}, b_{g, y_r}), \qquad S_g = \max\Big(\sum_r w_{rg}, 1\Big)$$
+    .. math:: \ell_g = \frac{1}{S_g} \sum_{r:\, w_{rg} > 0} w_{rg}\,
+        \mathrm{CE}(z_{r,g}, b_{g, y_r}), \qquad S_g = \max\Big(\sum_r w_{rg}, 1\Big)
 
     with the bin labels `b` of `GroupLayout.bin_labels` and, unless `weights` are given, the
     rows `w` drawn by `sample_others`. A row that does not count in a group is not read there,
@@ -112,12 +112,12 @@ def grouped_softmax_scores(logits: Tensor, layout: GroupLayout, *, impl: str = "
 
     With background, each in [0, 1] though a row need not sum to 1 (`others` is dropped):
 
-    $$s_{bg} = p_0(bg), \qquad s_c = p_{g(c)}(c) \cdot p_0(fg)$$
+    .. math:: s_{bg} = p_0(bg), \qquad s_c = p_{g(c)}(c) \cdot p_0(fg)
 
     Without background a row is a distribution, which is this library's definition, the product
     of `p_g(c)` and every other group's `p_h(others)`, normalised:
 
-    $$s_c = \mathrm{softmax}_c\big(z_c - z_{others(g(c))}\big)$$
+    .. math:: s_c = \mathrm{softmax}_c\big(z_c - z_{others(g(c))}\big)
 
     Args:
         logits: floating point [R, L].
