@@ -73,6 +73,11 @@ def _groups(args: argparse.Namespace) -> None:
     _say(cli_groups.describe(layout, categories))
     for name in cli_groups.empty_groups(layout, args.thresholds):
         _warn(f"group {name} ({count_range(name)}) has no categories and is left out")
+    if len(layout.groups) == 1:
+        _warn(
+            f"all {layout.num_categories} categories are in one group, where they compete as in a "
+            "plain softmax; other `--thresholds` may divide them"
+        )
     _say(f"wrote {path}" for path in (args.out, args.plot) if path is not None)
 
 

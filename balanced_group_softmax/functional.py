@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from balanced_group_softmax.sampling import (
     draw,
 )
 
-REDUCTIONS = ("sum", "groups")
+Reduction = Literal["sum", "groups"]
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -29,9 +30,9 @@ def grouped_softmax_loss(
     weights: Tensor | None = None,
     category_weights: Tensor | None = None,
     generator: torch.Generator | None = None,
-    reduction: str = "sum",
+    reduction: Reduction = "sum",
     ignore_index: int = -100,
-    impl: str = "auto",
+    impl: dispatch.Impl = "auto",
 ) -> Tensor:
     r"""Cross-entropy of each group's own softmax over the rows that count in it.
 
@@ -107,7 +108,9 @@ def grouped_softmax_loss(
     return losses
 
 
-def grouped_softmax_scores(logits: Tensor, layout: GroupLayout, *, impl: str = "auto") -> Tensor:
+def grouped_softmax_scores(
+    logits: Tensor, layout: GroupLayout, *, impl: dispatch.Impl = "auto"
+) -> Tensor:
     r"""Put the groups together again: one score for each label.
 
     With background, each in [0, 1] though a row need not sum to 1 (`others` is dropped):

@@ -114,6 +114,16 @@ def test_warnings_are_one_line_each(
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(("counts", "alone"), [([20, 90], True), ([5, 90], False)])
+def test_one_group_for_all_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], counts: list[int], alone: bool
+) -> None:
+    path = tmp_path / "counts.json"
+    path.write_text(json.dumps(counts))
+    assert main(["groups", str(path)]) == 0
+    assert ("warning: all 2 categories are in one group" in capsys.readouterr().err) == alone
+
+
 def test_nobody_was_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "counts.json"
     path.write_text("[0, 0, 0, 0, 0, 0, 0]")

@@ -17,7 +17,7 @@ import io
 import os
 import pickle
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def write_original_files(
     annotations: Source,
     folder: str | os.PathLike[str],
     *,
-    thresholds: tuple[int, ...] = (10, 100, 1000),
+    thresholds: Sequence[int] = (10, 100, 1000),
 ) -> GroupLayout:
     """Write the original's seven files for any LVIS or COCO training set.
 

@@ -162,6 +162,41 @@ def own_data(folder: Path) -> Iterator[Names]:
     yield {}
 
 
+@setting("own data and a softmax detector")
+def own_data_and_detector(folder: Path) -> Iterator[Names]:
+    """`train.json` and `val.json` with `images/` for both, and `runs/softmax/softmax.pt`."""
+    with own_data(folder):
+        in_one_folder(folder)
+        data = ["--annotations", "train.json", "--images", "images"]
+        data += ["--val-annotations", "val.json", "--val-images", "images"]
+        stand_ins.main("python", [TRAIN, *data, "--stage", "softmax", "--output", "runs/softmax"])
+        yield {}
+
+
+def in_one_folder(folder: Path) -> None:
+    """Move the images of both splits into `images/`."""
+    (folder / "images").mkdir()
+    for split in ("train", "val"):
+        content = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
+        for image in content["images"]:
+            name = image["file_name"]
+            image["file_name"] = f"{split}-{name}"
+            (folder / split / name).rename(folder / "images" / image["file_name"])
+        (folder / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+@setting("checkpoints")
+def checkpoints(folder: Path) -> Iterator[Names]:
+    """`softmax.pt` and `bags.pt` of the training example."""
+    stand_ins.main("python", [TRAIN, "--stage", "softmax", "--output", "runs/softmax"])
+    (folder / "runs/softmax/softmax.pt").rename(folder / "softmax.pt")
+    start = [TRAIN, "--stage", "bags", "--checkpoint", "softmax.pt"]
+    stand_ins.main("python", [*start, "--output", "runs/bags"])
+    (folder / "runs/bags/bags.pt").rename(folder / "bags.pt")
+    yield {}
+    assert (folder / "norms.png").stat().st_size > 10_000
+
+
 @setting("LVIS")
 def lvis_files(folder: Path) -> Iterator[Names]:
     """Annotations under the names of LVIS, images in `coco/train2017` and `coco/val2017`."""
@@ -337,7 +372,7 @@ def build_mmdet(config: Any, imports: list[str]) -> Any:
 def many_categories(folder: Path) -> Iterator[Names]:
     """`train.json` and `val.json` with 350 categories, and `images/` for both."""
     with own_data(folder):
-        (folder / "images").mkdir()
+        in_one_folder(folder)
         for split in ("train", "val"):
             content = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
             known = len(content["categories"])
@@ -345,11 +380,7 @@ def many_categories(folder: Path) -> Iterator[Names]:
                 {**content["categories"][0], "id": 1000 + i, "name": f"category {i}"}
                 for i in range(350 - known)
             ]
-            for image in content["images"]:
-                image["file_name"] = f"{split}-{image['file_name']}"
             (folder / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
-            for path in (folder / split).iterdir():
-                path.rename(folder / "images" / f"{split}-{path.name}")
         yield {}
         state = torch.load(folder / "runs/bags/model_final.pth", weights_only=True)["model"]
         assert GroupLayout.from_state_dict(state).num_categories == 350

@@ -32,7 +32,7 @@ SMALL = {
     "examples/torchvision_lvis_train.py": (*SIZES, *STEPS),
     "examples/compare_methods.py": (*SIZES, *STEPS, "--seeds", "0", "--methods", "bags"),
     "examples/torchvision_lvis_eval.py": ("--num-workers", "0"),
-    "examples/classification.py": ("--seeds", "0", "--steps", "2"),
+    "examples/classification.py": ("--seeds", "0", "--epochs", "1"),
     "benchmarks/bench_loss.py": (*TIMED, "--rows", "64"),
     "benchmarks/bench_scores.py": (*TIMED, "--rows", "64"),
     "benchmarks/bench_detections.py": (*TIMED, "--rows", "50"),
