@@ -126,6 +126,21 @@ def bags_checkpoint(folder: Path) -> Iterator[Names]:
     )
 
 
+@setting("checkpoints of both stages")
+def checkpoints_of_both_stages(folder: Path) -> Iterator[Names]:
+    """`softmax.pth` and `bags.pth`, a detector and what stage two makes of it."""
+    from balanced_group_softmax.adapters.torchvision import convert_to_bags
+
+    model = softmax_detector()
+    torch.save(model.state_dict(), folder / "softmax.pth")
+    torch.save(convert_to_bags(model, layout_of_counts()).state_dict(), folder / "bags.pth")
+    names: Names = {}
+    yield names
+    assert names["changed"] == [
+        f"roi_heads.box_predictor.cls_score.fc.{k}" for k in ("weight", "bias")
+    ]
+
+
 # --- training and evaluation ---------------------------------------------------------------------
 
 
@@ -202,6 +217,26 @@ def make(folder: Path) -> Path:
     return folder
 
 
+@setting("LVIS in folders")
+def lvis_in_folders(folder: Path) -> Iterator[Names]:
+    """The same with the annotations in `lvis/`."""
+    with lvis_files(folder):
+        for path in sorted(folder.glob("lvis_*.json")):
+            path.rename(make(folder / "lvis") / path.name)
+        yield {}
+        for version in ("v0.5", "v1"):
+            links = folder / "data" / f"lvis_{version}"
+            if links.exists():
+                assert (links / "annotations" / f"lvis_{version}_train.json").is_file()
+                assert any((links / "train2017").iterdir())
+                assert any((links / "val2017").iterdir())
+        smoke = folder / "smoke"
+        if smoke.exists():
+            trained = {path.parent.name for path in smoke.glob("runs/r50/*/table.md")}
+            assert trained == {"softmax", "bags", "continued"}
+            assert (smoke / "results.json").is_file()
+
+
 @setting("a softmax detector")
 def softmax_checkpoint(folder: Path) -> Iterator[Names]:
     """`runs/softmax/softmax.pt`, trained on the data that programs draw."""
@@ -220,6 +255,17 @@ def trained_on_lvis(folder: Path) -> Iterator[Names]:
         start += ["--checkpoint", "runs/softmax/softmax.pt"]
         stand_ins.main("python", [*start, "--stage", "bags", "--output", "runs/bags"])
         yield {}
+
+
+@setting("figures by hand")
+def figures_by_hand(folder: Path) -> Iterator[Names]:
+    """Nothing; AP, AP fixed and pooled AP are those of the comments."""
+    names: Names = {}
+    yield names
+    assert names["first"] == [100, 100, 83.5]
+    assert names["second"] == names["raised"] == [100, 100, 100]
+    assert names["crowded"] == [50, 100, 50.8]
+    assert names["beside"] == [70, 70, 70.3]
 
 
 @setting("outputs of a detector")
