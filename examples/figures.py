@@ -20,6 +20,9 @@ LABELS = {
 }
 COLOURS = {"softmax": "#8d99ae", "softmax_continued": "#5b6b8c", "bags": "#e07a2f"}
 INK = "#2b2d42"
+PICTURE = 3.3
+"""Inches of an image with boxes."""
+LABEL_SIZE = 6.5
 TABLE = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR")
 
 
@@ -146,7 +149,7 @@ def plot_detections(
         score_threshold: Detections below it are not drawn.
     """
     figure = Figure(
-        figsize=(3.3 * (len(columns) + 1), 3.3 * len(items) + 0.5), layout="constrained"
+        figsize=(PICTURE * (len(columns) + 1), PICTURE * len(items) + 0.5), layout="constrained"
     )
     grid = figure.subplots(len(items), len(columns) + 1, squeeze=False)
     for (image, target), row in zip(items, grid, strict=True):
@@ -184,7 +187,10 @@ def plot_detections(
 
 def _draw_box(axes: Axes, box: list[float], text: str, rare: bool, right: bool = True) -> None:
     x1, y1, x2, y2 = box
+    left, right_edge = axes.get_xlim()
     bottom = axes.get_ylim()[0]
+    # A character is about 0.6 of the font's size wide, and a picture `PICTURE` inches.
+    width = len(text) * 0.6 * LABEL_SIZE / (72 * PICTURE) * (right_edge - left)
     colour = COLOURS["bags"] if rare else "#ffffff"
     axes.add_patch(
         Rectangle(
@@ -198,10 +204,10 @@ def _draw_box(axes: Axes, box: list[float], text: str, rare: bool, right: bool =
         )
     )
     axes.text(
-        x1,
-        min(y2 + 0.5, bottom - 7) if right else max(y1 - 1.5, 7),  # inside the picture
+        max(min(x1, right_edge - width), left),  # inside the picture
+        min(y2 + 0.5, bottom - 7) if right else max(y1 - 1.5, 7),
         text,
-        fontsize=6.5,
+        fontsize=LABEL_SIZE,
         color=INK,
         verticalalignment="top" if right else "bottom",
         clip_on=True,

@@ -30,6 +30,7 @@ import contextlib
 import importlib.util
 import platform
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -72,8 +73,8 @@ from training_arguments import (
 
 EFFECTIVE = "recipe.toml"
 FAILED = 2
-TERMINATED = 143
-"""How a shell says that SIGTERM ended a command."""
+SIGNALLED = 128
+"""What a shell adds to a signal that ended a command: 130 is SIGINT (Ctrl-C), 143 SIGTERM."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,10 +93,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = Path(distributed.first_does(lambda: str(open_run_folder(args))))
             setting = prepare(args, folder, device)
             run(args, setting)
-        except Interrupted:
+        except Interrupted as asked:
             if distributed.is_first():
-                print(f"Asked to end; go on with --resume --output {folder}", file=sys.stderr)
-            return TERMINATED
+                print(
+                    f"Asked to end; go on with the same command and --resume --output {folder}",
+                    file=sys.stderr,
+                )
+            return SIGNALLED + asked.number
+        except KeyboardInterrupt:  # outside of the steps of a training, or twice
+            fail(RuntimeError("interrupted"), folder, begun=begun)
+            return SIGNALLED + signal.SIGINT
         except distributed.FailedElsewhere:
             return FAILED
         except RuntimeError as error:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import distributed
@@ -59,13 +60,31 @@ class Job:
 class Interrupted(Exception):
     """The process was asked to end; a checkpoint was written."""
 
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+        """Of the signal."""
+
+
+class Asked:
+    """Whether and by which signal the process was asked to end."""
+
+    number: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Take note of a signal; who interrupts once more does not want to wait for a step."""
+        if number == self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
 
 def train(job: Job, resume: State | None = None) -> None:
     """Train `job.model`, from the beginning or from what `job.save` was called with.
 
     Raises:
         FloatingPointError: A loss is not finite. What was saved last is from before.
-        Interrupted: By SIGTERM, after a checkpoint.
+        Interrupted: By SIGTERM or SIGINT (Ctrl-C), after a checkpoint.
+        KeyboardInterrupt: By a second SIGINT.
     """
     mean = None
     if job.recipe.ema:
@@ -115,9 +134,9 @@ def train(job: Job, resume: State | None = None) -> None:
             step += 1
             if step % look_every == 0 or step == job.steps:
                 watch.look(step)
-                if distributed.agree(asked.is_set(), job.device):
+                if distributed.agree(asked.number is not None, job.device):
                     save()
-                    raise Interrupted
+                    raise Interrupted(asked.number or signal.SIGTERM)  # another process was
             if step % job.save_every == 0 and step < job.steps:
                 save()
             if job.after_epoch is not None and place[0] > epoch and step < job.steps:
@@ -289,14 +308,20 @@ class Watch:
 
 
 @contextmanager
-def asked_to_end() -> Iterator[threading.Event]:
-    """Take note of SIGTERM instead of ending at once."""
-    asked = threading.Event()
+def asked_to_end() -> Iterator[Asked]:
+    """Take note of SIGTERM and SIGINT (Ctrl-C) instead of ending at once."""
+    asked = Asked()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    before = {
+        number: signal.signal(number, asked)
+        for number in (signal.SIGTERM, signal.SIGINT)
+        # A shell's background job ignores Ctrl-C, which is meant for another.
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

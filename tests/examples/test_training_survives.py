@@ -18,6 +18,7 @@ import checkpoints
 import torchvision_lvis_train as example
 from checkpoints import Checkpoint
 from pipeline_cases import assert_same_state, data_arguments, kill, run, start
+from training import asked_to_end
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -56,24 +57,62 @@ def wait_for(process: Any, *paths: Path, seconds: float = 120) -> None:
         time.sleep(0.01)
 
 
-def test_asked_to_end_it_saves_and_ends(arguments: list[str], whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl-c"])
+def test_asked_to_end_it_saves_and_ends(
+    number: signal.Signals, arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     again = [*arguments, "--output", str(folder), "--save-every", "1000"]
     process = start(again)
     wait_for(process, folder / "recipe.toml")
     time.sleep(0.5)
-    status = kill(process, signal.SIGTERM)
+    status = kill(process, number)
     partial = folder / "softmax.training.pt"
     if status == 0:
         pytest.skip("it had ended before the signal came")
-    if status == example.TERMINATED:
+    if status == example.SIGNALLED + number and partial.exists():
         training = Checkpoint.load(partial).training
         assert training is not None
         assert 0 < training["step"] <= STEPS
     else:  # before training began there is nothing to save
-        assert status == -signal.SIGTERM
+        assert status == (130 if number == signal.SIGINT else -number)
     run([*again, "--resume"])
     assert_same_state(weights(folder), weights(whole))
+
+
+def test_interrupted_before_training_it_leaves_nothing(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example, "run", interrupted)
+    assert example.main([*arguments, "--output", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with asked_to_end() as asked:
+            signal.raise_signal(signal.SIGINT)
+            assert asked.number == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with asked_to_end() as asked:
+            signal.raise_signal(signal.SIGINT)
+        assert asked.number is None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(
@@ -154,7 +193,10 @@ def test_another_run_is_not_resumed(
     [
         (b"", "Expected a file of torch.save"),
         (b"PK\x03\x04 cut off", "Expected a file of torch.save"),
-        ({"a": torch.zeros(1)}, "Expected a checkpoint of this example, got a file with a"),
+        (
+            {"a": torch.zeros(1)},
+            "Expected a checkpoint of torchvision_lvis_train.py, got a file with a",
+        ),
         ([1], "Expected a dict, got list"),
     ],
     ids=["empty", "cut", "state", "list"],
