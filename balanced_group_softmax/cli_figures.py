@@ -5,8 +5,6 @@ matplotlib is loaded by the first call and not by importing this module.
 
 from __future__ import annotations
 
-import os
-import secrets
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
@@ -15,7 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["CountGroup", "NormGroup", "draw_counts", "draw_norms", "require_matplotlib", "save"]
+from balanced_group_softmax._files import written_whole
+
+__all__ = ["CountGroup", "NormGroup", "check_picture", "draw_counts", "draw_norms", "save"]
 
 _INK = "#2b2d42"
 # From rare to frequent; told apart in grey and by colour-blind readers too.
@@ -41,15 +41,26 @@ class NormGroup(NamedTuple):
     others: float
 
 
-def require_matplotlib() -> None:
-    """Raise ImportError, with what to install, where matplotlib is missing."""
+def check_picture(path: Path) -> None:
+    """Check that a picture can be drawn, in the format that its name ends with.
+
+    Raises:
+        ImportError: matplotlib is missing; the message says what to install.
+        ValueError: the suffix is of no format that matplotlib writes.
+    """
     try:
-        import matplotlib.figure  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             f"Expected matplotlib for --plot, got {error}; `python -m pip install matplotlib` "
             "installs it, and without --plot it is not needed"
         ) from None
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(
+            f"{path}: expected a picture that ends in one of {', '.join(sorted(formats))}, got "
+            f"{path.suffix!r}"
+        )
 
 
 def draw_counts(groups: Sequence[CountGroup], thresholds: Sequence[int], title: str) -> Any:
@@ -170,23 +181,11 @@ def save(figure: Any, path: Path) -> None:
         OSError: it cannot be written.
         ValueError: the suffix is of no format that matplotlib writes.
     """
-    formats = figure.canvas.get_supported_filetypes()
-    suffix = path.suffix[1:].lower()
-    if suffix not in formats:
-        raise ValueError(
-            f"{path}: expected a picture that ends in one of {', '.join(sorted(formats))}, got "
-            f"{path.suffix!r}"
-        )
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with warnings.catch_warnings():
-            # Names in scripts that the font lacks are drawn as boxes, which shows by itself.
-            warnings.filterwarnings("ignore", message="Glyph")
-            figure.savefig(partial, format=suffix, dpi=150, facecolor="white")
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    check_picture(path)
+    with written_whole(path) as partial, warnings.catch_warnings():
+        # Names in scripts that the font lacks are drawn as boxes, which shows by itself.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=150, facecolor="white")
 
 
 def colours(number: int) -> list[Any]:
