@@ -1,5 +1,6 @@
 """A folder for the results of one run: never another run's, and no half-written files."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -60,8 +61,11 @@ def write(path: Path, save: Callable[[Path], object]) -> None:
     try:
         save(partial)
         partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(partial):
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 

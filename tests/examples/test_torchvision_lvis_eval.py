@@ -220,9 +220,20 @@ def test_other_categories_in_training(files, tmp_path, lvis_data, capsys):
 
 @pytest.mark.parametrize("name", ["missing/metrics.json", "."])
 def test_an_output_that_cannot_be(files, tmp_path, capsys, name):
-    assert "Expected the name of a file" in fails(
-        [*files, "--metrics", str(tmp_path / name)], capsys
-    )
+    line = fails([*files, "--metrics", str(tmp_path / name)], capsys)
+    assert "got a folder" in line or "expected a folder to write in, found none" in line
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_no_input_is_replaced(files, capsys, place):
+    before = Path(files[place]).read_bytes()
+    assert "another file" in fails([*files, "--metrics", files[place]], capsys)
+    assert Path(files[place]).read_bytes() == before
+
+
+def test_a_source_of_another_kind(files, capsys):
+    line = fails(["results.txt", *files[1:]], capsys)
+    assert "Expected a checkpoint (.pt, .pth) or detections (.json, .pkl)" in line
 
 
 def test_annotations_that_are_not_there(files, tmp_path, capsys):

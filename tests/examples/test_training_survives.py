@@ -66,7 +66,7 @@ def test_asked_to_end_it_saves_and_ends(arguments: list[str], whole: Path, tmp_p
     partial = folder / "softmax.training.pt"
     if status == 0:
         pytest.skip("it had ended before the signal came")
-    if status == example.TERMINATED:
+    if status == 128 + signal.SIGTERM:
         training = Checkpoint.load(partial).training
         assert training is not None
         assert 0 < training["step"] <= STEPS
@@ -152,8 +152,8 @@ def test_another_run_is_not_resumed(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "Expected a file of torch.save"),
-        (b"PK\x03\x04 cut off", "Expected a file of torch.save"),
+        (b"", "expected a file of torch.save, got an empty file"),
+        (b"PK\x03\x04 cut off", "saved by torch, got a file that is truncated"),
         ({"a": torch.zeros(1)}, "Expected a checkpoint of this example, got a file with a"),
         ([1], "Expected a dict, got list"),
     ],
