@@ -314,7 +314,7 @@ def asked_to_end() -> Iterator[list[int]]:
             os.write(2, b"\nEnding after this step, with a checkpoint; Ctrl-C again: at once\n")
             signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, note) for number in signals}
+    before: dict[int, Any] = {number: signal.signal(number, note) for number in signals}
     try:
         yield asked
     finally:

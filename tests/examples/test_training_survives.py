@@ -178,6 +178,6 @@ class Evil:
 def test_a_checkpoint_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"format": checkpoints.FORMAT, "model": Evil()}, "evil.pt")
-    with pytest.raises(ValueError, match=r"evil\.pt: Expected a file of torch\.save"):
+    with pytest.raises(ValueError, match=r"evil\.pt: .* holds code"):
         Checkpoint.load("evil.pt")
     assert not Path("executed").exists()
