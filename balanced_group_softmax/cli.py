@@ -337,14 +337,14 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="PATH",
         help="of a BAGS checkpoint: the folder of the original's files, or a layout's JSON; a "
-        "plain softmax needs none",
+        "plain softmax checkpoint needs none",
     )
     add(
         "--num-categories",
         type=int,
         metavar="C",
-        help="without background; needed for a plain cascade without masks, whose file may not "
-        "say how many there are",
+        help="number of categories, without background; needed for a plain cascade without "
+        "masks, whose file may not say it",
     )
     return parser
 

@@ -52,8 +52,8 @@ def check_picture(path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            f"Expected matplotlib for --plot, got {error}; `python -m pip install matplotlib` "
-            "installs it, and without --plot it is not needed"
+            f"Expected matplotlib to draw {path}, got {error}; `python -m pip install matplotlib` "
+            "installs it, and without a picture it is not needed"
         ) from None
     formats = Figure().canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
@@ -174,7 +174,7 @@ def draw_norms(heads: Sequence[tuple[str, Sequence[NormGroup]]], title: str) -> 
     return figure
 
 
-def save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path, dpi: int = 150) -> None:
     """Write a figure in the format of the path's suffix; a file there is replaced in one step.
 
     Raises:
@@ -185,7 +185,7 @@ def save(figure: Any, path: Path) -> None:
     with written_whole(path) as partial, warnings.catch_warnings():
         # Names in scripts that the font lacks are drawn as boxes, which shows by itself.
         warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=150, facecolor="white")
+        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=dpi, facecolor="white")
 
 
 def colours(number: int) -> list[Any]:

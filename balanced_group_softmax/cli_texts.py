@@ -11,8 +11,8 @@ examples, for a first look at a data set and at a trained detector:
 
 exit status:
   0    done
-  2    wrong usage, or an input or output that is not what it should be; standard
-       error says in a line what was expected and what came
+  2    wrong usage, or an input or output that is not what it should be;
+       standard error says in a line what was expected and what came
   130  interrupted by Ctrl-C
 A file is written whole or not at all, and takes the place of one that is there already.
 """
@@ -20,7 +20,8 @@ A file is written whole or not at all, and takes the place of one that is there 
 GROUPS = """\
 examples:
   balanced-group-softmax groups lvis_v1_train.json
-  balanced-group-softmax groups train.json --thresholds 5 50 500 --plot groups.png
+  balanced-group-softmax groups train.json --plot groups.png
+  balanced-group-softmax groups train.json --thresholds 5 50 500
   balanced-group-softmax groups train.json --background last --out layout.json
 
 A category's group is given by its training instances: `instance_count` where the file states it

@@ -31,6 +31,7 @@ from timing import Call, interleave
 from torch import Tensor
 
 from balanced_group_softmax import grouped_softmax_scores
+from balanced_group_softmax.cli_end import ended
 
 ROWS = (300, 1000, 8192)
 TOLERANCE = 1e-6
@@ -146,4 +147,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(ended(main))

@@ -1,4 +1,4 @@
-"""Compare the methods of long-tailed detection on one data set, each beside an equal control.
+r"""Compare the methods of long-tailed detection on one data set, each beside an equal control.
 
     python examples/compare_methods.py --seeds 0 1 2 --output runs/comparison
 
@@ -61,9 +61,10 @@ from balanced_group_softmax.cli_help import HelpFormatter
 STATUS = """\
 exit status:
   0    done
-  2    wrong usage, or an input or output that is not what it should be, or methods
-       that failed; standard error says in a line what was wrong
-  130  interrupted by Ctrl-C, 143 asked to end by SIGTERM; the same command goes on
+  2    wrong usage, or an input or output that is not what it should be, or
+       methods that failed; standard error says in a line what was wrong
+  130  interrupted by Ctrl-C, 143 asked to end by SIGTERM; the same command
+       goes on
 """
 OURS = (
     "--seed", "--output", "--resume", "--checkpoint", "--stage", "--method", "--cache-features"
@@ -351,8 +352,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=HelpFormatter,
-        usage="%(prog)s --output DIR [--methods NAME ...] [--seeds N ...] "
-        "[option of torchvision_lvis_train.py ...]",
+        usage="%(prog)s --output DIR [--methods NAME ...] [--seeds N ...]\n"
+        "           [option of torchvision_lvis_train.py ...]",
         epilog=f"methods:\n{lines}\n\n{STATUS}",
         allow_abbrev=False,
     )

@@ -381,7 +381,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "recipe",
         "Each option is for all stages, or with the name of a stage for that one, such as "
         "--bags.learning-rate (softmax: stage one; bags: stage two, whatever its method). What "
-        "is not given is taken from the file of --config, or else is as said here.",
+        "is not given is taken from the file of --config (without one, the demo's), or else is as "
+        "said here.",
     )
     for name, field in FIELDS.items():
         for stage in ("", *STAGES):

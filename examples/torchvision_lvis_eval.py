@@ -1,6 +1,6 @@
 r"""AP and AR of LVIS: of a trained detector, or of a file of detections without a model.
 
-    python examples/torchvision_lvis_eval.py runs/bags/bags.pt --out results.json
+    python examples/torchvision_lvis_eval.py runs/bags/bags.pt --out found.json
     python examples/torchvision_lvis_eval.py results.json \
         --annotations lvis_v1_val.json --train-annotations lvis_v1_train.json \
         --eval bbox segm --metrics metrics.json
@@ -42,8 +42,8 @@ STATUS = """\
 exit status:
   0    done
   1    with --method both: the two differ by more than 1e-6
-  2    wrong usage, or an input or output that is not what it should be; standard
-       error says in a line what was expected and what came, and no file is left
+  2    wrong usage, or an input or output that is not what it should be;
+       standard error says in a line what was wrong, and no file is left
   130  interrupted by Ctrl-C
 """
 

@@ -27,8 +27,8 @@ STAGES = {
 STATUS = """\
 exit status:
   0    done
-  2    wrong usage, an input or output that is not what it should be, a full disk,
-       or a training that diverged; standard error says in a line what was wrong
+  2    wrong usage, an input or output that is not what it should be, a full
+       disk, or a training that diverged; a line on standard error says which
   130  interrupted by Ctrl-C, 143 asked to end by SIGTERM; during training both
        save first, and --resume goes on from there
 Under torchrun the status is torchrun's own.
@@ -38,7 +38,7 @@ Under torchrun the status is torchrun's own.
 def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description,
-        usage="%(prog)s [--config TOML] [--stage STAGE | --method NAME] [option ...]",
+        usage="%(prog)s [--config TOML]\n           [--stage STAGE | --method NAME] [option ...]",
         epilog=STATUS,
         formatter_class=HelpFormatter,
         allow_abbrev=False,  # who looks for an option among arguments knows its name
@@ -64,8 +64,8 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
         "--method",
         choices=METHODS,
         metavar="NAME",
-        help="in place of a stage, one of the methods that BAGS is compared with: "
-        + ", ".join(METHODS),
+        help="in place of a stage, one of the methods that BAGS is compared with, which "
+        f"docs/methods.md explains: {', '.join(METHODS)}",
     )
     add(
         "--checkpoint",
@@ -155,16 +155,16 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
         type=whole(1),
         default=CacheOptions.rois,
         metavar="N",
-        help="RoIs of each image to store, from which each epoch draws those that train "
-        "(default: twice as many as train)",
+        help="with --cache-features: RoIs of each image to store, from which each epoch draws "
+        "those that train (default: twice as many as train)",
     )
     add(
         "--cache-passes",
         type=whole(1),
         default=CacheOptions.passes,
         metavar="N",
-        help="times that the detector runs over the images for it, each with other flips, which "
-        "epochs read in turn (default: 1)",
+        help="with --cache-features: times that the detector runs over the images, each with "
+        "other flips, which epochs read in turn (default: 1)",
     )
     add(
         "--tensorboard",

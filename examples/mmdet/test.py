@@ -1,8 +1,8 @@
-r"""Test with mmdet's own runner, and evaluate as all examples do.
+r"""Test a detector of mmdet 3 with mmdet's own runner, and evaluate it as all examples do.
 
-    python examples/mmdet/test.py CONFIG.py CHECKPOINT.pth \
+    python examples/mmdet/test.py CONFIG.py epoch_12.pth \
         --out x.pkl --eval bbox segm
-    torchrun --nproc-per-node 8 examples/mmdet/test.py CONFIG.py CHECKPOINT.pth \
+    torchrun --nproc-per-node 8 examples/mmdet/test.py CONFIG.py epoch_12.pth \
         --launcher pytorch
 
 Prints the original's table, then AP of each count group (with --train-annotations), AP fixed and

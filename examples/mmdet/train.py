@@ -1,13 +1,15 @@
-r"""Train with mmdet's own runner.
+r"""Train a detector of mmdet 3, plain softmax or Balanced Group Softmax, with mmdet's own runner.
 
-    python examples/mmdet/train.py examples/mmdet/configs/bags/CONFIG.py
-    torchrun --nproc-per-node 8 examples/mmdet/train.py CONFIG.py --launcher pytorch
+    C=examples/mmdet/configs
+    python examples/mmdet/train.py $C/bags/CONFIG.py
+    torchrun --nproc-per-node 8 examples/mmdet/train.py $C/bags/CONFIG.py \
+        --launcher pytorch
 
 BAGS starts from a trained detector: `load_from` in the config, or `--load-from`. On the data set
 that the examples draw, without any download:
 
-    python examples/mmdet/train.py examples/mmdet/configs/demo/faster-rcnn_demo.py
-    python examples/mmdet/train.py examples/mmdet/configs/demo/bags_faster-rcnn_demo.py
+    python examples/mmdet/train.py $C/demo/faster-rcnn_demo.py
+    python examples/mmdet/train.py $C/demo/bags_faster-rcnn_demo.py
 """
 
 import argparse

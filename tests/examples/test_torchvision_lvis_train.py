@@ -579,6 +579,16 @@ def test_summary_of_a_run_that_lacks_metrics(finished, tmp_path, capsys, change,
     assert printed.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["missing/a.png", "a.xyz", "."])
+def test_summary_with_a_picture_that_cannot_be(finished, tmp_path, capsys, name):
+    assert summarise_runs.main([str(finished), "--picture", str(tmp_path / name)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {tmp_path / name}: expected")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_summary_of_what_is_no_run(tmp_path, capsys):
     assert summarise_runs.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")

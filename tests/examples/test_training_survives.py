@@ -18,6 +18,7 @@ import checkpoints
 import torchvision_lvis_train as example
 from checkpoints import Checkpoint
 from pipeline_cases import assert_same_state, data_arguments, kill, run, start
+from training import Stepper
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -74,6 +75,38 @@ def test_asked_to_end_it_saves_and_ends(arguments: list[str], whole: Path, tmp_p
         assert status == -signal.SIGTERM
     run([*again, "--resume"])
     assert_same_state(weights(folder), weights(whole))
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_saves_and_twice_it_ends_at_once(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
+    presses: int,
+) -> None:
+    take_step = Stepper.__call__
+
+    def interrupted(self: Any, step: int, batches: Any) -> Any:
+        for _ in range(presses if step == 2 else 0):
+            signal.raise_signal(signal.SIGINT)
+        return take_step(self, step, batches)
+
+    monkeypatch.setattr(Stepper, "__call__", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    folder = tmp_path / "run"
+    again = [*arguments, "--output", str(folder), "--save-every", "1000"]
+    assert example.main(again) == 128 + signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is before
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert said.endswith(f"Asked to end; go on with --resume --output {folder}\n")
+    names = {"recipe.toml", *(["softmax.training.pt"] if presses == 1 else [])}
+    assert {path.name for path in folder.iterdir()} == names
+    if presses == 1:
+        state = Checkpoint.load(folder / "softmax.training.pt").training
+        assert state is not None
+        assert state["step"] == 3
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(
