@@ -8,6 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def check_replaceable(path: Path) -> None:
+    """Check that a file may take the place of what is there.
+
+    Raises:
+        ValueError: `path` is a folder, or a device, such as /dev/null.
+    """
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device or pipe"
+        raise ValueError(f"{path}: expected a file to write, got a {kind}")
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes the place of `path` when the block ends.
@@ -16,11 +27,9 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     Raises:
         OSError: it cannot be written; `filename` is `path`.
-        ValueError: `path` is a folder, or a device, which a file must not take the place of.
+        ValueError: as for `check_replaceable`.
     """
-    if path.exists() and not path.is_file():
-        kind = "folder" if path.is_dir() else "device or pipe"
-        raise ValueError(f"{path}: expected a file to write, got a {kind}")
+    check_replaceable(path)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         yield partial

@@ -76,8 +76,8 @@ def _groups(args: argparse.Namespace) -> None:
             )
             for name, group in zip(layout.names, layout.groups, strict=True)
         ]
-        title = f"{args.annotations.name}: {layout.num_categories} categories"
-        cli_figures.save(cli_figures.draw_counts(groups, thresholds, title), args.plot)
+        picture = cli_figures.draw_counts(groups, thresholds, args.annotations.name)
+        cli_figures.save(picture, args.plot)
     if args.out is not None:
         layout.save(args.out)
     _say(cli_groups.describe(layout, categories))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from balanced_group_softmax import cli_figures
+from balanced_group_softmax._files import check_replaceable
 
 __all__ = ["check_folder", "check_output", "check_outputs"]
 
@@ -34,9 +35,7 @@ def check_output(path: Path, inputs: Sequence[Path] = ()) -> None:
         OSError: its folder cannot be written in.
         ValueError: it is a folder or a device, has no folder, or is an input.
     """
-    if path.exists() and not path.is_file():
-        kind = "folder" if path.is_dir() else "device or pipe"
-        raise ValueError(f"{path}: expected a file to write, got a {kind}")
+    check_replaceable(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path}: expected a folder to write in, found none at {path.parent}")
     if not os.access(path.parent, os.W_OK):

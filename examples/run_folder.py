@@ -57,6 +57,9 @@ def partial_path(path: Path) -> Path:
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """Let `save` write a file under a temporary name, then move it to `path`."""
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device or pipe"
+        raise OSError(f"{path}: Expected a file to write, got a {kind}")
     partial = partial_path(path)
     try:
         save(partial)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from balanced_group_softmax import BAGSHead, GroupLayout, __version__
+from balanced_group_softmax import BAGSHead, GroupLayout, __version__, cli_figures
 from balanced_group_softmax.cli import main
 from balanced_group_softmax.cli_end import line_of
 from balanced_group_softmax.cli_tables import aligned, count_range, one_line
@@ -547,6 +547,56 @@ def test_pictures_are_written(
     assert main(["inspect", str(path), "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(start)
     assert len(list(tmp_path.iterdir())) == 3  # no temporary file is left
+
+
+def labels_of(figure: Any) -> dict[str, Any]:
+    """What the legend of a picture says, and the colour beside it."""
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    texts = [text.get_text() for text in legend.get_texts()]
+    return dict(zip(texts, legend.legend_handles, strict=True))
+
+
+def test_a_range_of_counts_has_one_colour_whatever_else_there_is() -> None:
+    def colour(groups: list[cli_figures.CountGroup]) -> Any:
+        handles = labels_of(cli_figures.draw_counts(groups, (10, 100, 1000), "data"))
+        (found,) = (one for text, one in handles.items() if text.startswith("10 to 99"))
+        return found.get_facecolor()
+
+    middle = cli_figures.CountGroup("10 to 99", ["kite"], [40])
+    rare = cli_figures.CountGroup("0 to 9", ["newt", "yak"], [3, 0])
+    assert colour([middle]) == colour([rare, middle])
+
+
+def test_a_picture_of_counts_reads_well() -> None:
+    groups = [
+        cli_figures.CountGroup("0 to 9", ["yak", "newt"], [0, 3]),
+        cli_figures.CountGroup("1000 and more", ["a name that is rather long"], [4 * 10**6]),
+    ]
+    figure = cli_figures.draw_counts(groups, (10, 100, 1000), "data.json")
+    assert figure.get_suptitle() == "data.json: 3 categories, 4,000,003 training instances"
+    assert list(labels_of(figure)) == [
+        "1000 and more: 1 category, more than 99% of instances",
+        "0 to 9: 2 categories, less than 0.01% of instances",
+        "never seen: 1 category",
+        "boundaries between groups",
+    ]
+    (axes,) = figure.axes
+    assert axes.yaxis.get_major_formatter()(1000, None) == "1,000"
+    assert axes.get_ylim()[1] > 2 * 4 * 10**6
+    assert axes.get_xticklabels()[0].get_rotation() == 0
+    many = [cli_figures.CountGroup("0 to 9", ["a name that is rather long"] * 8, [3] * 8)]
+    (axes,) = cli_figures.draw_counts(many, (10,), "data").axes
+    assert axes.get_xticklabels()[0].get_rotation() == 90
+    assert labels_of(axes.figure)["0 to 9: 8 categories, 100% of instances"]
+
+
+def test_a_picture_of_norms_has_room_for_all_that_is_in_it() -> None:
+    group = cli_figures.NormGroup("10 to 99", np.array([0.03, np.nan]), 0.05)
+    (axes,) = cli_figures.draw_norms([("head", [group])], "bags.pth").axes
+    bottom, top = axes.get_ylim()
+    assert bottom == 0
+    assert 0.055 < top < 0.07
 
 
 def test_what_cannot_be_drawn_is_refused(

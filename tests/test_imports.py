@@ -177,7 +177,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli_tables": set(),
     "cli_texts": set(),
     "cli_figures": {"_files"},
-    "cli_outputs": {"cli_figures"},
+    "cli_outputs": {"_files", "cli_figures"},
     "cli_groups": {"cli_tables", "counts", "layout"},
     "cli_inspect": {"cli_tables", "layout", "layout_json"},
 }
