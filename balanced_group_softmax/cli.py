@@ -83,6 +83,11 @@ def _groups(args: argparse.Namespace) -> None:
     _say(cli_groups.describe(layout, categories))
     for name in cli_groups.empty_groups(layout, thresholds):
         _warn(f"group {name} ({count_range(name)}) has no categories and is left out")
+    if len(layout.groups) == 1:
+        _warn(
+            f"all {layout.num_categories} categories are in one group, where they compete as in a "
+            "plain softmax; other `--thresholds` may divide them"
+        )
     _say(f"wrote {path}" for path in (args.out, args.plot) if path is not None)
 
 
@@ -179,17 +184,13 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
         layout = (
             read_original_files(args.groups).layout if is_folder else GroupLayout.load(args.groups)
         )
-    try:
-        number = convert_checkpoint(
-            args.source,
-            args.out,
-            target=args.to,
-            layout=layout,
-            num_categories=args.num_categories,
-        )
-    except ValueError as error:  # which names the function's arguments
-        text = str(error).replace("`layout`", "`--groups`")
-        raise ValueError(text.replace("`num_categories`", "`--num-categories`")) from None
+    number = convert_checkpoint(
+        args.source,
+        args.out,
+        target=args.to,
+        layout=layout,
+        num_categories=args.num_categories,
+    )
     _say([f"{args.out}: {number} entries for {args.to}"])
 
 

@@ -66,7 +66,7 @@ def select_detections(
     high is a candidate. Within a category, in descending score, a candidate is dropped when its
     overlap with one that was kept exceeds the threshold,
 
-    $$\mathrm{IoU}(a, b) = \frac{|a \cap b|}{|a| + |b| - |a \cap b|} > t_\mathrm{nms} .$$
+    .. math:: \mathrm{IoU}(a, b) = \frac{|a \cap b|}{|a| + |b| - |a \cap b|} > t_\mathrm{nms} .
 
     The `max_detections` best of those that remain, over all categories, are returned. Among equal
     scores the lower flat index `row * C + category` comes first, in suppression and in the result.

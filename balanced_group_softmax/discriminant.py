@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -363,7 +363,6 @@ class DiscriminantHead(BAGSHead):
     ) -> DiscriminantHead:
         """Start the linear layer from a trained softmax classifier; see `BAGSHead.from_linear`."""
         head = super().from_linear(linear, layout, **settings)
-        assert isinstance(head, DiscriminantHead)
         head.discriminant_weight.zero_()
         head.discriminant_bias.zero_()
         return head
@@ -403,7 +402,11 @@ class DiscriminantHead(BAGSHead):
         return torch.cat([trained.to(fixed.dtype), fixed.detach()], dim=1)
 
     def _loss(
-        self, logits: Tensor, labels: Tensor, generator: torch.Generator | None, reduction: str
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        generator: torch.Generator | None,
+        reduction: Literal["sum", "groups"],
     ) -> Tensor:
         return super()._loss(self._halves(logits)[0], labels, generator, reduction)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from balanced_group_softmax.sampling import (
     draw,
 )
 
-REDUCTIONS = ("sum", "groups")
+Reduction = Literal["sum", "groups"]
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -29,14 +30,14 @@ def grouped_softmax_loss(
     weights: Tensor | None = None,
     category_weights: Tensor | None = None,
     generator: torch.Generator | None = None,
-    reduction: str = "sum",
+    reduction: Reduction = "sum",
     ignore_index: int = -100,
-    impl: str = "auto",
+    impl: dispatch.Impl = "auto",
 ) -> Tensor:
     r"""Cross-entropy of each group's own softmax over the rows that count in it.
 
-    $$\ell_g = \frac{1}{S_g} \sum_{r:\, w_{rg} > 0} w_{rg}\,
-    \mathrm{CE}(z_{r,g}, b_{g, y_r}), \qquad S_g = \max\Big(\sum_r w_{rg}, 1\Big)$$
+    .. math:: \ell_g = \frac{1}{S_g} \sum_{r:\, w_{rg} > 0} w_{rg}\,
+        \mathrm{CE}(z_{r,g}, b_{g, y_r}), \qquad S_g = \max\Big(\sum_r w_{rg}, 1\Big)
 
     with the bin labels `b` of `GroupLayout.bin_labels` and, unless `weights` are given, the
     rows `w` drawn by `sample_others`. A row that does not count in a group is not read there,
@@ -107,17 +108,19 @@ def grouped_softmax_loss(
     return losses
 
 
-def grouped_softmax_scores(logits: Tensor, layout: GroupLayout, *, impl: str = "auto") -> Tensor:
+def grouped_softmax_scores(
+    logits: Tensor, layout: GroupLayout, *, impl: dispatch.Impl = "auto"
+) -> Tensor:
     r"""Put the groups together again: one score for each label.
 
     With background, each in [0, 1] though a row need not sum to 1 (`others` is dropped):
 
-    $$s_{bg} = p_0(bg), \qquad s_c = p_{g(c)}(c) \cdot p_0(fg)$$
+    .. math:: s_{bg} = p_0(bg), \qquad s_c = p_{g(c)}(c) \cdot p_0(fg)
 
     Without background a row is a distribution, which is this library's definition, the product
     of `p_g(c)` and every other group's `p_h(others)`, normalised:
 
-    $$s_c = \mathrm{softmax}_c\big(z_c - z_{others(g(c))}\big)$$
+    .. math:: s_c = \mathrm{softmax}_c\big(z_c - z_{others(g(c))}\big)
 
     Args:
         logits: floating point [R, L].

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from balanced_group_softmax._arguments import as_float, as_int, shown
 from balanced_group_softmax.functional import (
     REDUCTIONS,
+    Reduction,
     grouped_softmax_loss,
     grouped_softmax_scores,
 )
 from balanced_group_softmax.layout import Background, GroupLayout
-from balanced_group_softmax.ops.dispatch import check_impl
+from balanced_group_softmax.ops.dispatch import Impl, check_impl
 from balanced_group_softmax.sampling import check_layout
 
 LOSS_PREFIX = "loss_cls_"
+
+_Head = TypeVar("_Head", bound="BAGSHead")
 
 
 class BAGSLoss(nn.Module):
@@ -45,10 +49,10 @@ class BAGSLoss(nn.Module):
         layout: GroupLayout,
         *,
         others_ratio: float = 8.0,
-        category_weights: Any = None,
+        category_weights: Sequence[float] | np.ndarray | Tensor | None = None,
         ignore_index: int = -100,
-        reduction: str = "sum",
-        impl: str = "auto",
+        reduction: Reduction = "sum",
+        impl: Impl = "auto",
     ) -> None:
         super().__init__()
         check_layout(layout)
@@ -64,6 +68,12 @@ class BAGSLoss(nn.Module):
         self.ignore_index = as_int(ignore_index, "ignore_index")
         self.reduction = reduction
         self.impl = impl
+
+    if TYPE_CHECKING:  # to torch it is Any
+
+        def __call__(  # noqa: D102
+            self, logits: Tensor, labels: Tensor, generator: torch.Generator | None = None
+        ) -> Tensor: ...
 
     def forward(
         self, logits: Tensor, labels: Tensor, generator: torch.Generator | None = None
@@ -131,10 +141,10 @@ class BAGSHead(nn.Module):
         layout: GroupLayout,
         *,
         others_ratio: float = 8.0,
-        category_weights: Any = None,
+        category_weights: Sequence[float] | np.ndarray | Tensor | None = None,
         bias: bool = True,
         ignore_index: int = -100,
-        impl: str = "auto",
+        impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -158,18 +168,18 @@ class BAGSHead(nn.Module):
 
     @classmethod
     def from_linear(
-        cls,
+        cls: type[_Head],
         linear: nn.Linear,
         layout: GroupLayout,
         *,
         others_ratio: float = 8.0,
-        category_weights: Any = None,
+        category_weights: Sequence[float] | np.ndarray | Tensor | None = None,
         bias: bool = True,
         ignore_index: int = -100,
-        impl: str = "auto",
+        impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-    ) -> BAGSHead:
+    ) -> _Head:
         """Start from a trained softmax classifier.
 
         Each category keeps its row. With background, `others` of every group and the background
@@ -248,6 +258,10 @@ class BAGSHead(nn.Module):
         if self.fc.bias is not None:
             nn.init.zeros_(self.fc.bias)
 
+    if TYPE_CHECKING:  # to torch it is Any
+
+        def __call__(self, features: Tensor) -> Tensor: ...  # noqa: D102
+
     def forward(self, features: Tensor) -> Tensor:
         """Group logits [R, L] of `features` [R, in_features]."""
         logits: Tensor = self.fc(features)
@@ -274,7 +288,11 @@ class BAGSHead(nn.Module):
         return {LOSS_PREFIX + name: loss for name, loss in zip(names, losses, strict=True)}
 
     def _loss(
-        self, logits: Tensor, labels: Tensor, generator: torch.Generator | None, reduction: str
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        generator: torch.Generator | None,
+        reduction: Reduction,
     ) -> Tensor:
         return grouped_softmax_loss(
             logits,

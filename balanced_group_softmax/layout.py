@@ -35,7 +35,7 @@ class GroupLayout:
     is None. Each later group has a column `others` first, then its categories in ascending
     order. With `C` categories in `G` groups (group 0 included) a row has `L` logits:
 
-    $$L = 2 + \sum_{g=1}^{G-1} (1 + n_g) = C + 1 + G$$
+    .. math:: L = 2 + \sum_{g=1}^{G-1} (1 + n_g) = C + 1 + G
 
     (`L = C + G` without background). Usually made by `from_counts`. A layout is immutable,
     hashable and holds no tensors.

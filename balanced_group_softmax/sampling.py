@@ -76,7 +76,7 @@ def draw(
             f"Expected `generator` to be a torch.Generator or None, got {type(generator).__name__}"
         )
     tables = layout.tables(labels.device)
-    num_category_groups = tables.num_groups - tables.first_category_group
+    num_category_groups = len(layout.groups)
     # Graph tracing knows no generators, and with symbolic shapes not even the keyword.
     source: dict[str, Any] = {} if generator is None else {"generator": generator}
     keys = torch.randint(
@@ -117,8 +117,7 @@ def check_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tens
     labels = labels.long()
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         # The extremes alone tell that all is well, as it nearly always is.
-        values = _values_of(labels)
-        if values.size and (values.min() < 0 or values.max() >= layout.num_labels):
+        if labels.numel() and not _all_within(labels, layout.num_labels):
             bad = ((labels < 0) | (labels >= layout.num_labels)) & (labels != ignore_index)
             if bool(bad.any()):
                 row = int(bad.int().argmax())
@@ -129,9 +128,10 @@ def check_labels(labels: Tensor, layout: GroupLayout, ignore_index: int) -> Tens
     return labels
 
 
-def _values_of(labels: Tensor) -> np.ndarray:
+def _all_within(labels: Tensor, num_labels: int) -> bool:
+    values: np.ndarray | Tensor
     try:
-        values: np.ndarray = labels.numpy()
+        values = labels.numpy()
     except RuntimeError:  # wrapped by a transform of `torch.func`, memory out of reach
-        values = np.array(labels.tolist(), dtype=np.int64)
-    return values
+        values = labels
+    return int(values.min()) >= 0 and int(values.max()) < num_labels

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from balanced_group_softmax import grouped_softmax_scores
 from balanced_group_softmax.cli_end import ended
+from balanced_group_softmax.ops.dispatch import Impl
 
 ROWS = (300, 1000, 8192)
 TOLERANCE = 1e-6
@@ -40,7 +41,7 @@ Scores = Callable[[Tensor], Tensor]
 
 
 def score_peers(
-    profile: Profile, device: torch.device, impls: list[str]
+    profile: Profile, device: torch.device, impls: list[Impl]
 ) -> tuple[dict[str, Scores], dict[str, str]]:
     """Ours and the alternatives, each a function of the logits; of ours that fail, the reason."""
     peers: dict[str, Scores] = {}

@@ -117,7 +117,7 @@ def make_page(outcome: Outcome, found: Measurements, pictures: Mapping[str, str]
             blocks += ["## Detections", part.record["table"]]
     blocks += ["## Skipped and not measured", _list(_missing(outcome, found)) or "Nothing."]
     commands = "\n".join(part.command for part in outcome.parts)
-    blocks += ["## Commands", f"```\n{commands}\n```"]
+    blocks += ["## Commands", f"```text\n{commands}\n```"]
     return "\n\n".join(blocks) + "\n"
 
 

@@ -24,6 +24,7 @@ from records import brief
 from torch import Tensor
 
 from balanced_group_softmax import grouped_softmax_loss
+from balanced_group_softmax.ops.dispatch import Impl
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -111,7 +112,7 @@ def loop_loss(logits: Tensor, labels: Tensor, columns: Columns, ratio: Tensor) -
 
 
 def loss_peers(
-    profile: Profile, ratio: float, device: torch.device, impls: list[str], *, compiled: bool
+    profile: Profile, ratio: float, device: torch.device, impls: list[Impl], *, compiled: bool
 ) -> tuple[list[Peer], dict[str, str]]:
     """Ours and the alternatives that run on the device; of the others, why they do not."""
     columns = Columns.of(profile, device)

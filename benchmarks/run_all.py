@@ -188,7 +188,7 @@ def run_tests() -> str:
     else:
         verdict = "passed" if " passed" in lines[-1] else "none ran"
     text = "\n".join([*summary, lines[-1]])
-    return f"`python -m pytest -m gpu`: {verdict}.\n\n```\n{text}\n```"
+    return f"`python -m pytest -m gpu`: {verdict}.\n\n```text\n{text}\n```"
 
 
 def draw_pictures(outcome: Outcome, found: Measurements, folder: Path) -> dict[str, str]:

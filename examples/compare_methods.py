@@ -340,7 +340,7 @@ def spread(values: Sequence[float | None], sign: str = "") -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "-" if values else ""
-    text = f"{mean(known):{sign}.1f}"
+    text = f"{round(mean(known), 1) + 0.0:{sign}.1f}"  # adding 0.0 makes -0.0 plain 0.0
     return f"{text} ± {stdev(known):.1f}" if len(known) > 1 else text
 
 

@@ -76,8 +76,9 @@ class LVISDetection(torch.utils.data.Dataset[tuple[Tensor, Target]]):
       malformed one is an error still.
 
     Images without annotations are kept. Crowd annotations are left out unless `crowd=True`, and so
-    are boxes that are thinner than one pixel inside the image; `dropped` counts both. With
-    `transforms`, image and target go through it first, as uint8 and as `torchvision.tv_tensors`.
+    are boxes that are thinner than one pixel inside the image; `dropped` counts both, and `cut`
+    the boxes kept that reach out of the image by more than a pixel. With `transforms`, image and
+    target go through it first, as uint8 and as `torchvision.tv_tensors`.
 
     An EXIF rotation is applied unless only the stored, unrotated size agrees with the annotation
     file; an image of any other size is an :class:`ImageError`. All image modes become RGB: palette
@@ -141,6 +142,7 @@ class LVISDetection(torch.utils.data.Dataset[tuple[Tensor, Target]]):
         limit = np.tile(self.sizes[image_of], (1, 2)).astype(np.float64)
         with np.errstate(over="ignore"):
             boxes[:, 2:] += boxes[:, :2]
+        outside = np.maximum(-boxes, boxes - limit).max(axis=1, initial=0)
         boxes = np.clip(boxes, 0, limit).astype(np.float32)
         degenerate = ((boxes[:, 2:] - boxes[:, :2]) < MIN_BOX_SIDE).any(axis=1)
         left_out = (iscrowd == 1) & (not crowd)
@@ -152,6 +154,7 @@ class LVISDetection(torch.utils.data.Dataset[tuple[Tensor, Target]]):
         # Flat arrays sorted by image: small to send to worker processes, which a million dicts
         # would not be.
         keep = np.flatnonzero(~(degenerate | left_out))
+        self.cut = int((outside[keep] > 1).sum())
         keep = keep[np.argsort(image_of[keep], kind="stable")]
         self._starts = np.searchsorted(image_of[keep], np.arange(len(self.image_ids) + 1))
         self._boxes = torch.from_numpy(boxes[keep])
@@ -171,7 +174,7 @@ class LVISDetection(torch.utils.data.Dataset[tuple[Tensor, Target]]):
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({len(self)} images, {len(self._labels)} boxes, "
+            f"{type(self).__name__}({len(self)} images, {self.num_boxes} boxes, "
             f"{len(self.category_ids)} categories; left out: {self.dropped['crowd']} crowd, "
             f"{self.dropped['degenerate']} thinner than a pixel)"
         )
@@ -180,6 +183,11 @@ class LVISDetection(torch.utils.data.Dataset[tuple[Tensor, Target]]):
     def num_categories(self) -> int:
         """Number of categories, background not counted."""
         return len(self.category_ids)
+
+    @property
+    def num_boxes(self) -> int:
+        """Number of boxes, without those that were left out."""
+        return len(self._labels)
 
     def check_images(self, *, progress: bool = False) -> None:
         """Look at the header of every image, without decoding it.

@@ -125,7 +125,8 @@ def place(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
     """Move a detector, in place, to where and how it is to compute."""
     model.to(device)
     if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)
+        anything: Any = model  # which torch 2.4 does not say it takes
+        anything.to(memory_format=torch.channels_last)
     if recipe.compile:
         model.get_submodule("backbone").compile(dynamic=True)
     return model

@@ -87,6 +87,11 @@ def load_data(files: Files, *, masks: bool, skip_broken: bool, progress: bool) -
             f"Expected images to train and evaluate on, got {len(train)} in {files.annotations} "
             f"and {len(val)} in {files.val_annotations}"
         )
+    if train.num_boxes == 0:
+        raise ValueError(
+            f"{files.annotations}: Expected boxes in pixels to train on, got none; left out: "
+            f"{left_out(train)}"
+        )
     if val.category_ids != train.category_ids:
         missing, added = (
             sorted(set(a) - set(b))[:5]
@@ -116,11 +121,23 @@ def load_data(files: Files, *, masks: bool, skip_broken: bool, progress: bool) -
 def describe(data: Data) -> str:
     """Return what there is to train and evaluate on, in a few lines."""
     letters = data.categories.frequencies
-    dropped = data.train.dropped
-    return (
+    lines = [
         f"{len(data.train)} training and {len(data.val)} validation images, "
         f"{len(letters)} categories ({letters.count('r')} rare, {letters.count('c')} common, "
-        f"{letters.count('f')} frequent)\n"
-        f"Left out of training: {dropped['crowd']} crowd annotations, "
-        f"{dropped['degenerate']} boxes thinner than a pixel"
+        f"{letters.count('f')} frequent)",
+        f"Left out of training: {left_out(data.train)}",
+    ]
+    if data.train.cut:
+        lines.append(
+            f"Cut to their image: {data.train.cut} of {data.train.num_boxes} boxes that "
+            "reach out of it by more than a pixel; `bbox` is x, y, width, height"
+        )
+    return "\n".join(lines)
+
+
+def left_out(dataset: LVISDetection) -> str:
+    """Return in words which annotations are not trained on."""
+    return (
+        f"{dataset.dropped['crowd']} crowd annotations, "
+        f"{dataset.dropped['degenerate']} boxes thinner than a pixel"
     )

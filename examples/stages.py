@@ -268,13 +268,19 @@ def make_job(
             num_workers=setting.num_workers,
             skip_broken=setting.skip_broken,
         )
+    steps = steps_of(recipe, order)
+    if 2 * recipe.warmup_steps > steps and distributed.is_first():
+        print(
+            f"{name}: warm-up takes {recipe.warmup_steps} steps, and training {steps}; give less "
+            "by `--warmup-steps`, or more by `--epochs` or `--steps`"
+        )
     job = Job(
         name=name,
         recipe=recipe,
         model=model,
         parameters=parameters,
         batches=batches,
-        steps=steps_of(recipe, order),
+        steps=steps,
         seed=(setting.seed, number),
         device=setting.device,
         save=save,

@@ -102,7 +102,8 @@ class EpochBatches(Sampler[list[Item]]):
             raise ValueError(
                 f"Expected images for at least {self.num_replicas} full batches of "
                 f"{self.batch_size}, one for each process, got {fewest[0]} images that are at "
-                f"least as wide as high or of unknown size, and {fewest[1]} higher ones"
+                f"least as wide as high or of unknown size, and {fewest[1]} higher ones; a smaller "
+                "batch size needs fewer"
             )
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("balanced_group_softmax", "examples", "benchmarks", "docs")
 # Those that need one of them skip where it is missing.
-FRAMEWORKS = {"mmcv", "mmdet", "mmengine", "detectron2"}
+OPTIONAL = {"mmcv", "mmdet", "mmengine", "detectron2", "jupytext", "nbclient"}
 # Of detectron2's own parser, whose texts are not ours.
 DETECTRON2 = {"num_gpus", "num_machines", "machine_rank", "dist_url", "config_file"}
 WIDTHS = (80, 100)
@@ -31,6 +32,9 @@ def programs(*folders: str) -> list[str]:
 def parser_of(program: str, monkeypatch: pytest.MonkeyPatch) -> tuple[argparse.ArgumentParser, str]:
     """Run a program with `--help`, in this process; its parser, and what it printed."""
     path, used = ROOT / program, []
+    source = path.read_text(encoding="utf-8")
+    # One that looks at no options would do its work.
+    assert re.search(r"^import argparse|cli import main", source, re.M), f"{program} has no options"
     parse = argparse.ArgumentParser.parse_known_args
 
     def note(self: argparse.ArgumentParser, *args: object, **kwargs: object) -> object:
@@ -49,7 +53,7 @@ def parser_of(program: str, monkeypatch: pytest.MonkeyPatch) -> tuple[argparse.A
             status = str(left.code)
         except ModuleNotFoundError as error:
             name = (error.name or "").partition(".")[0]
-            if name not in FRAMEWORKS:
+            if name not in OPTIONAL:
                 raise
             pytest.skip(f"{name} is not installed")
     assert status == "0", f"{program} --help: exit status {status}"

@@ -119,6 +119,16 @@ def test_warnings_are_one_line_each(
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(("counts", "alone"), [([20, 90], True), ([5, 90], False)])
+def test_one_group_for_all_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], counts: list[int], alone: bool
+) -> None:
+    path = tmp_path / "counts.json"
+    path.write_text(json.dumps(counts))
+    assert main(["groups", str(path)]) == 0
+    assert ("warning: all 2 categories are in one group" in capsys.readouterr().err) == alone
+
+
 def test_nobody_was_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "counts.json"
     path.write_text("[0, 0, 0, 0, 0, 0, 0]")
@@ -473,11 +483,6 @@ def test_converting_does_not_replace_what_is_read(
     (folder / "valsplit.pkl").mkdir()
     assert "got a folder" in fails(capsys, "export-legacy", annotations, "--out", folder)
     assert main([*map(str, arguments), "--out", str(tmp_path / "softmax.pth")]) == 0
-
-    # Messages speak of the options, not of the function's arguments.
-    assert "`--num-categories` or `--groups`" in fails(
-        capsys, *arguments[:-2], "--out", tmp_path / "other.pth"
-    )
 
 
 def test_bad_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,19 +30,22 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pages(site: Path) -> dict[str, str]:
-    return {
-        page.stem: (site / ("" if page.stem == "index" else page.stem) / "index.html").read_text(
-            encoding="utf-8"
-        )
-        for page in (ROOT / "docs").glob("*.md")
+    """The HTML of each page by its name, those from outside docs/ included."""
+    found = {
+        page.parent.name: page.read_text(encoding="utf-8") for page in site.glob("*/index.html")
     }
+    found["index"] = (site / "index.html").read_text(encoding="utf-8")
+    assert {page.stem for page in (ROOT / "docs").glob("*.md")} | {"benchmarks"} <= set(found)
+    return found
 
 
 def test_every_page_is_there_and_nothing_is_left_of_its_markup(site: Path) -> None:
     for name, html in pages(site).items():
         text = re.sub(r"<(script|style|pre|code)\b.*?</\1>", "", html, flags=re.S)
-        for left in (".. math::", ":math:", ":func:", "```", "](", "&gt;&gt;&gt;", "<merror"):
-            assert left not in text, f"{left!r} in the page of docs/{name}.md"
+        for left in (".. math::", "$$", ":math:", ":func:", "```", "](", "&gt;&gt;&gt;", "<merror"):
+            assert left not in text, f"{left!r} in the page of {name}"
+        assert "```" not in html, f"a block of {name} is none in its page"
+        assert not re.search("<!-- (not )?run", html), f"a mark in the page of {name}"
 
 
 def test_formulas_of_docstrings_are_mathml(site: Path) -> None:
@@ -67,7 +70,7 @@ def test_public_names_are_in_the_reference(site: Path) -> None:
 def test_the_site_asks_no_other_host_for_anything(site: Path) -> None:
     for name, html in pages(site).items():
         fetched = re.findall(r'<(?:script|img|link)\b[^>]*(?:src|href)="(https?:[^"]*)"', html)
-        assert not fetched, f"docs/{name}.md: {fetched}"
+        assert not fetched, f"{name}: {fetched}"
 
 
 def test_links_out_of_docs_lead_somewhere() -> None:

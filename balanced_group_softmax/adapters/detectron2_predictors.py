@@ -8,7 +8,7 @@ State dict of `BAGSFastRCNNOutputLayers`: `cls_score.weight` and `.bias` give wa
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -272,7 +272,7 @@ class BAGSFastRCNNOutputLayers(ClassifierOutputLayers):
         annotations: str | os.PathLike[str] | None = None,
         thresholds: Sequence[int] = (10, 100, 1000),
         others_ratio: float = 8.0,
-        impl: str = "auto",
+        impl: Literal["auto", "triton", "torch", "reference"] = "auto",
         **kwargs: Any,
     ) -> None:
         head = BAGSHead(

@@ -10,8 +10,10 @@ classifier under the same prefix (for `BAGSHead`: `cls_score.fc.weight`, `cls_sc
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -177,7 +179,7 @@ def convert_to_bags(
     layout: GroupLayout,
     others_ratio: float = 8.0,
     *,
-    category_weights: Any = None,
+    category_weights: Sequence[float] | np.ndarray | Tensor | None = None,
     impl: Literal["auto", "triton", "torch", "reference"] = "auto",
     inplace: bool = True,
 ) -> _Model:
@@ -235,7 +237,7 @@ def convert_to_bags(
     return convert_classifier(model, head, inplace=inplace)
 
 
-def convert_classifier(model: _Model, classifier: Any, *, inplace: bool = True) -> _Model:
+def convert_classifier(model: _Model, classifier: Classifier, *, inplace: bool = True) -> _Model:
     """Replace the box classifier of a torchvision two-stage detector.
 
     `classifier` becomes `model.roi_heads.box_predictor.cls_score`, moved to the device and dtype

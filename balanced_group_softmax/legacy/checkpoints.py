@@ -234,8 +234,9 @@ def _read(
         raise ValueError(f"Expected one number of categories, got different ones: {known}")
     if not known:
         raise ValueError(
-            f"Expected `num_categories` or `layout`: {rows} rows of fc_cls may be so many labels, "
-            "or group logits, and no other layer says how many categories there are"
+            "Expected `num_categories` or `layout` (command: `--num-categories`, `--groups`): "
+            f"{rows} rows of fc_cls may be so many labels, or group logits, and no other layer "
+            "says how many categories there are"
         )
     categories = next(iter(known.values()))
     if layout is not None and rows == layout.num_logits:
@@ -249,7 +250,7 @@ def _read(
         )
     raise ValueError(
         f"Expected fc_cls of {categories + 1} rows for {categories} categories and background, got "
-        f"{rows}: give the `layout` of a BAGS checkpoint"
+        f"{rows}: give the `layout` of a BAGS checkpoint (`--groups` of the command)"
     )
 
 

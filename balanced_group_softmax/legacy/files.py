@@ -16,7 +16,7 @@ The first is what a layout needs; the others may be absent and are checked where
 import io
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def write_original_files(
     annotations: Source,
     folder: str | os.PathLike[str],
     *,
-    thresholds: tuple[int, ...] = (10, 100, 1000),
+    thresholds: Sequence[int] = (10, 100, 1000),
 ) -> GroupLayout:
     """Write the original's seven files for any LVIS or COCO training set.
 

@@ -5,7 +5,7 @@ LVIS that is the category's id.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -27,7 +27,9 @@ __all__ = [
 _RANGE = re.compile(r"[(\[](\d+), (\d+|~)\)")
 
 
-def original_layout(counts: Any, thresholds: tuple[int, ...] = (10, 100, 1000)) -> GroupLayout:
+def original_layout(
+    counts: Sequence[int] | np.ndarray | Tensor, thresholds: Sequence[int] = (10, 100, 1000)
+) -> GroupLayout:
     """Return the layout of the original, which keeps groups without categories.
 
     Args:

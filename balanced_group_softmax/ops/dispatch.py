@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Literal, get_args
 
 import torch
 
 from balanced_group_softmax.ops import eager, library, reference, torch_ops
 
-IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+Impl = Literal["auto", "triton", "torch", "reference"]
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Impl)
 
 
 def choose(impl: str, device: torch.device) -> ModuleType:

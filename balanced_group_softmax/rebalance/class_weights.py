@@ -6,6 +6,7 @@ For `SoftmaxClassifier(class_weights=...)` in a label convention; for `category_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,10 @@ CLIP = (0.1, 5.0)
 
 
 def inverse_frequency_weights(
-    counts: Any,
+    counts: Sequence[int] | np.ndarray | Tensor,
     *,
     clip: tuple[float, float] | None = CLIP,
-    within: Any = None,
+    within: Sequence[Sequence[int] | np.ndarray | Tensor] | None = None,
     background: Background = "first",
 ) -> Tensor:
     r"""Return weights in proportion to one over the count ("re-weight").
@@ -64,11 +65,11 @@ def inverse_frequency_weights(
 
 
 def class_balanced_weights(
-    counts: Any,
+    counts: Sequence[int] | np.ndarray | Tensor,
     *,
     beta: float = 0.999,
     clip: tuple[float, float] | None = CLIP,
-    within: Any = None,
+    within: Sequence[Sequence[int] | np.ndarray | Tensor] | None = None,
     background: Background = "first",
 ) -> Tensor:
     r"""Return weights in proportion to one over the effective number ("re-weight-cls").

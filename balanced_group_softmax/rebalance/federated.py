@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -78,7 +80,7 @@ class FederatedClassifier(LinearClassifier):
         in_features: int,
         num_categories: int,
         *,
-        counts: Any,
+        counts: Sequence[int] | np.ndarray | Tensor,
         num_sampled: int = 50,
         power: float = 0.5,
         prior: float = 1e-2,

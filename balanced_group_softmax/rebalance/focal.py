@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,8 +20,10 @@ from balanced_group_softmax.rebalance.linear_classifier import (
 
 __all__ = ["FocalClassifier"]
 
-ACTIVATIONS = ("softmax", "sigmoid")
-NORMALIZERS = ("elements", "rows", "foreground")
+Activation = Literal["softmax", "sigmoid"]
+Normalizer = Literal["elements", "rows", "foreground"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+NORMALIZERS: tuple[str, ...] = get_args(Normalizer)
 
 
 class FocalClassifier(LinearClassifier):
@@ -83,9 +87,9 @@ class FocalClassifier(LinearClassifier):
         *,
         gamma: float = 2.0,
         alpha: float | None = 0.25,
-        activation: str = "softmax",
-        normalizer: str = "elements",
-        class_weights: Any = None,
+        activation: Activation = "softmax",
+        normalizer: Normalizer = "elements",
+        class_weights: Sequence[float] | np.ndarray | Tensor | None = None,
         background: Background = "first",
         bias: bool = True,
         ignore_index: int = -100,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class LinearClassifier(DescribedModule):
         super().__init__()
         in_features = as_int(in_features, "in_features", lowest=1)
         self.num_categories = as_int(num_categories, "num_categories", lowest=1)
-        self.background = check_background(background)
+        self.background: Background = check_background(background)
         self.ignore_index = as_int(ignore_index, "ignore_index")
         if not -(2**63) <= self.ignore_index < 2**63:
             raise ValueError(f"Expected `ignore_index` to fit 64 bits, got {ignore_index}")
@@ -243,6 +243,10 @@ class LinearClassifier(DescribedModule):
     def background_label(self) -> int | None:
         """The label of background, if there is one."""
         return {"first": 0, "last": self.num_categories, None: None}[self.background]
+
+    if TYPE_CHECKING:  # to torch it is Any
+
+        def __call__(self, features: Tensor) -> Tensor: ...  # noqa: D102
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits [R, L] of `features` [R, in_features]."""

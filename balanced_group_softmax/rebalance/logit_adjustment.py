@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,7 +18,8 @@ from balanced_group_softmax.rebalance.linear_classifier import LinearClassifier
 
 __all__ = ["LogitAdjustedClassifier"]
 
-MOMENTS = ("training", "test")
+Moment = Literal["training", "test"]
+MOMENTS: tuple[str, ...] = get_args(Moment)
 
 
 class LogitAdjustedClassifier(LinearClassifier):
@@ -73,9 +76,9 @@ class LogitAdjustedClassifier(LinearClassifier):
         in_features: int,
         num_categories: int,
         *,
-        counts: Any,
+        counts: Sequence[int] | np.ndarray | Tensor,
         tau: float = 1.0,
-        adjust: str = "training",
+        adjust: Moment = "training",
         background_count: float | None = None,
         background: Background = "first",
         bias: bool = True,

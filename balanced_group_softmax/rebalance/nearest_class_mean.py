@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ from balanced_group_softmax.rebalance._shared import (
 
 __all__ = ["ClassMeans", "NearestClassMean"]
 
-METRICS = ("cosine", "euclidean")
+Metric = Literal["cosine", "euclidean"]
+METRICS: tuple[str, ...] = get_args(Metric)
 
 
 class ClassMeans:
@@ -70,7 +71,7 @@ class ClassMeans:
     ) -> None:
         self.num_categories = as_int(num_categories, "num_categories", lowest=1)
         self.num_features = as_int(num_features, "num_features", lowest=1)
-        self.background = check_background(background)
+        self.background: Background = check_background(background)
         shape = (self.num_categories, self.num_features)
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self.counts = torch.zeros(self.num_categories, dtype=torch.int64, device=device)
@@ -190,7 +191,7 @@ class NearestClassMean(DescribedModule):
         counts: Tensor,
         *,
         softmax: nn.Linear | None = None,
-        metric: str = "cosine",
+        metric: Metric = "cosine",
         temperature: float = 1.0,
         background: Background = "first",
     ) -> None:
@@ -212,7 +213,7 @@ class NearestClassMean(DescribedModule):
             raise ValueError(f"Expected `metric` to be one of {METRICS}, got {metric!r}")
         self.metric = metric
         self.temperature = as_float(temperature, "temperature", lowest=1e-12, highest=1e12)
-        self.background = check_background(background)
+        self.background: Background = check_background(background)
         self.num_categories, self.in_features = means.shape
         if (softmax is None) != (background is None):
             raise ValueError(
@@ -242,7 +243,7 @@ class NearestClassMean(DescribedModule):
         means: ClassMeans,
         *,
         softmax: nn.Linear | None = None,
-        metric: str = "cosine",
+        metric: Metric = "cosine",
         temperature: float = 1.0,
         dtype: torch.dtype = torch.float32,
     ) -> NearestClassMean:
@@ -293,6 +294,12 @@ class NearestClassMean(DescribedModule):
     def score_settings(self) -> tuple[str, ...]:
         """All of them."""
         return tuple(self.settings())
+
+    if TYPE_CHECKING:  # to torch it is Any
+
+        def __call__(  # noqa: D102
+            self, features: Tensor, background_features: Tensor | None = None
+        ) -> Tensor: ...
 
     def forward(self, features: Tensor, background_features: Tensor | None = None) -> Tensor:
         """Logits of features.

@@ -12,8 +12,8 @@ Everything random depends on a seed and the epoch alone; no global random state 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ _FACTOR_LIMIT = 2**31
 
 
 def category_repeat_factors(
-    image_counts: Any, num_images: int, *, threshold: float = 1e-3
+    image_counts: Sequence[int] | np.ndarray | Tensor, num_images: int, *, threshold: float = 1e-3
 ) -> Tensor:
     r"""Return how often images with a category should come in an epoch.
 
@@ -73,7 +73,10 @@ def category_repeat_factors(
 
 
 def image_repeat_factors(
-    labels: Any, category_factors: Any, *, background: str | None = "first"
+    labels: Sequence[Sequence[int] | np.ndarray | Tensor],
+    category_factors: Sequence[float] | np.ndarray | Tensor,
+    *,
+    background: Literal["first", "last"] | None = "first",
 ) -> Tensor:
     r"""Return how often each image should come in an epoch.
 
@@ -124,7 +127,9 @@ def image_repeat_factors(
     return torch.from_numpy(result)
 
 
-def repeat_indices(factors: Any, *, seed: int, epoch: int) -> Tensor:
+def repeat_indices(
+    factors: Sequence[float] | np.ndarray | Tensor, *, seed: int, epoch: int
+) -> Tensor:
     r"""Return the images of one epoch, shuffled.
 
     Image :math:`i` comes :math:`\lfloor r_i \rfloor + b_i` times, with
@@ -195,7 +200,12 @@ class RepeatFactorSampler(Sampler[int]):
     """
 
     def __init__(
-        self, factors: Any, *, seed: int = 0, num_replicas: int = 1, rank: int = 0
+        self,
+        factors: Sequence[float] | np.ndarray | Tensor,
+        *,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
     ) -> None:
         self._factors = _as_factors(factors, "factors")
         self.seed = as_int(seed, "seed", lowest=0)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -60,7 +62,7 @@ class SoftmaxClassifier(LinearClassifier):
         in_features: int,
         num_categories: int,
         *,
-        class_weights: Any = None,
+        class_weights: Sequence[float] | np.ndarray | Tensor | None = None,
         background: Background = "first",
         bias: bool = True,
         ignore_index: int = -100,

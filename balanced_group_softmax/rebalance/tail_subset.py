@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ class TailSubset(NamedTuple):
     """For each of these images bool [n]: which of its labels belong to the tail."""
 
 
-def tail_categories(counts: Any, *, below: int = 100) -> Tensor:
+def tail_categories(counts: Sequence[int] | np.ndarray | Tensor, *, below: int = 100) -> Tensor:
     """Return the categories with fewer than `below` training instances.
 
     Args:
@@ -48,7 +49,11 @@ def tail_categories(counts: Any, *, below: int = 100) -> Tensor:
 
 
 def tail_subset(
-    labels: Any, counts: Any, *, below: int = 100, background: Background = "first"
+    labels: Sequence[Sequence[int] | np.ndarray | Tensor],
+    counts: Sequence[int] | np.ndarray | Tensor,
+    *,
+    below: int = 100,
+    background: Background = "first",
 ) -> TailSubset:
     """Return the images to fine-tune the tail on, and the boxes to keep in them.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ def tau_normalize(
     classifier: _Weights,
     tau: float,
     *,
-    select: Any = None,
+    select: Sequence[int] | np.ndarray | Tensor | None = None,
     background: Background = "first",
 ) -> _Weights:
     r"""Return a classifier whose rows are divided by a power of their norm.
@@ -114,7 +115,7 @@ def search_tau(
     *,
     taus: Sequence[float] = TAUS,
     metric: Callable[[Tensor, Tensor], float] | None = None,
-    select: Any = None,
+    select: Sequence[int] | np.ndarray | Tensor | None = None,
     background: Background = "first",
 ) -> TauSearch:
     """Try powers on held-out data and return the best.
@@ -163,7 +164,11 @@ def search_tau(
     return TauSearch(min(tau for tau, value in values.items() if value == best), values)
 
 
-def balanced_accuracy(scores: Tensor, labels: Tensor, groups: Any = None) -> float:
+def balanced_accuracy(
+    scores: Tensor,
+    labels: Tensor,
+    groups: Sequence[Sequence[int] | np.ndarray | Tensor] | None = None,
+) -> float:
     """Return the mean recall of labels, or the mean over groups of the mean recall in each.
 
     A row is right if its highest score is that of its label. Labels without any row are left out,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,7 +30,11 @@ __all__ = ["TauSelectClassifier", "select_scores"]
 
 
 def select_scores(
-    scores: Tensor, normalized: Tensor, select: Any, *, background: Background = "first"
+    scores: Tensor,
+    normalized: Tensor,
+    select: Sequence[int] | np.ndarray | Tensor,
+    *,
+    background: Background = "first",
 ) -> Tensor:
     """Take the scores of the normalised classifier for rows that it gives to selected categories.
 
@@ -102,12 +107,17 @@ class TauSelectClassifier(DescribedModule):
     selected: Tensor
 
     def __init__(
-        self, linear: nn.Linear, tau: float, select: Any, *, background: Background = "first"
+        self,
+        linear: nn.Linear,
+        tau: float,
+        select: Sequence[int] | np.ndarray | Tensor,
+        *,
+        background: Background = "first",
     ) -> None:
         super().__init__()
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"Expected `linear` to be an nn.Linear, got {type(linear).__name__}")
-        self.background = check_background(background)
+        self.background: Background = check_background(background)
         self.tau = as_float(tau, "tau")
         self.plain = frozen_copy(linear)
         self.normalized = frozen_copy(tau_normalize(linear, tau, background=background))
@@ -140,6 +150,10 @@ class TauSelectClassifier(DescribedModule):
     def settings(self) -> dict[str, Any]:
         """The power; the weights that it led to are what scores depend on."""
         return {"tau": self.tau}
+
+    if TYPE_CHECKING:  # to torch it is Any
+
+        def __call__(self, features: Tensor) -> Tensor: ...  # noqa: D102
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits of both, [R, 2 num_labels]."""

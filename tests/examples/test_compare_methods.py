@@ -213,3 +213,9 @@ def test_it_is_a_program() -> None:
     assert done.returncode == 0, done.stderr
     for name in compare.ENTRIES:
         assert f"  {name} " in done.stdout
+
+
+def test_a_mean_that_rounds_to_zero_has_no_minus() -> None:
+    assert compare.spread([-0.03, 0.01], "+") == "+0.0 ± 0.0"
+    assert compare.spread([-0.06], "+") == "-0.1"
+    assert compare.spread([None]) == "-"

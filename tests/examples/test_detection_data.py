@@ -95,6 +95,7 @@ def test_items_hold_boxes_and_labels_in_the_models_terms(folder: Path) -> None:
     assert target["iscrowd"].tolist() == [0, 0]
     assert target["image_id"] == 3
     assert data.dropped == {"crowd": 2, "degenerate": 1}
+    assert (data.num_boxes, data.cut) == (3, 1)
     types = {k: v.dtype for k, v in target.items() if k != "image_id"}
     assert types == {
         "boxes": torch.float32,
@@ -103,6 +104,25 @@ def test_items_hold_boxes_and_labels_in_the_models_terms(folder: Path) -> None:
         "iscrowd": torch.int64,
     }
     assert all(type(v) in (torch.Tensor, int) for v in target.values())
+
+
+@pytest.mark.parametrize(
+    ("bbox", "cut"),
+    [
+        ([-1, -1, 5, 5], 0),
+        ([-1.5, 2, 5, 5], 1),
+        ([2, -1.5, 5, 5], 1),
+        ([2, 2, 19, 5], 0),
+        ([2, 2, 19.5, 5], 1),
+        ([2, 2, 5, 11.5], 1),
+        ([-9, 2, 9, 5], 0),  # left out
+    ],
+)
+def test_boxes_that_reach_out_by_more_than_a_pixel_are_counted(
+    folder: Path, bbox: list[float], cut: int
+) -> None:
+    data = LVISDetection(annotations(annotations=[box(1, 3, 2, *bbox)]), folder)
+    assert data.cut == cut
 
 
 def test_crowd_is_kept_on_request(folder: Path) -> None:

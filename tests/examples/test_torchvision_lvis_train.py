@@ -492,6 +492,49 @@ def test_boxes_that_are_left_out_are_printed(few, tmp_path, monkeypatch, capsys)
     assert "Left out of training: 1 crowd annotations, 2 boxes thinner than a pixel" in printed
 
 
+def test_corners_for_sizes_are_noticed(few, tmp_path, monkeypatch, capsys):
+    data = json.loads((few / "train.json").read_text())
+    for row in data["annotations"]:
+        x, y, width, height = row["bbox"]
+        row["bbox"] = [x, y, x + width, y + height]
+    path = tmp_path / "corners.json"
+    path.write_text(json.dumps(data))
+    monkeypatch.setattr(stages, "train", None)  # fails after the description
+    for annotations, noticed in ((path, True), (few / "train.json", False)):
+        arguments = ["--annotations", str(annotations), "--images", str(few / "train")]
+        with pytest.raises(TypeError):
+            example.main([*arguments, "--output", str(tmp_path / f"run {noticed}")])
+        printed = capsys.readouterr().out
+        assert ("boxes that reach out of it by more than a pixel" in printed) == noticed
+
+
+@pytest.mark.parametrize("kind", ["none", "relative"])
+def test_no_box_to_train_on_is_an_error(few, tmp_path, capsys, kind):
+    data = json.loads((few / "train.json").read_text())
+    for row in data["annotations"]:
+        row["bbox"] = [value / 1000 for value in row["bbox"]]
+    if kind == "none":
+        data["annotations"] = []
+    number = len(data["annotations"])
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps(data))
+    arguments = ["--annotations", str(path), "--images", str(few / "train")]
+    line = fails([*arguments, "--output", str(tmp_path / "run")], capsys)
+    assert f"{path}: Expected boxes in pixels to train on, got none; left out: " in line
+    assert f"{number} boxes thinner than a pixel" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("warmup", "told"), [(2, True), (1, False)])
+def test_a_warm_up_that_never_ends_is_told(few, tmp_path, monkeypatch, capsys, warmup, told):
+    monkeypatch.setattr(stages, "train", lambda job, training: None)
+    arguments = [*own_data(few), "--stage", "softmax", "--steps", "3"]
+    arguments += ["--warmup-steps", str(warmup), "--output", str(tmp_path / "run")]
+    assert example.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert ("softmax: warm-up takes 2 steps, and training 3; give less" in printed) == told
+
+
 def test_divergence_is_told_in_a_line(few, tmp_path, capsys):
     arguments = [
         *own_data(few),

@@ -157,7 +157,7 @@ def test_the_command_converts_files(tmp_path: Path, capsys: pytest.CaptureFixtur
 
     out.unlink()
     assert main(arguments) == 2
-    assert "give the `--groups`" in capsys.readouterr().err
+    assert "give the `layout` of a BAGS checkpoint (`--groups` of the" in capsys.readouterr().err
     assert not out.exists()
 
 

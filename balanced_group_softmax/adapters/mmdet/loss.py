@@ -1,7 +1,7 @@
 """The loss, from which mmdet also takes the width of the classifier, scores and accuracy."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mmdet.registry import MODELS
@@ -73,7 +73,7 @@ class MMDetBAGSLoss(nn.Module):
         others_ratio: float = 8.0,
         category_weights: Sequence[float] | str | None = None,
         loss_weight: float = 1.0,
-        impl: str = "auto",
+        impl: Literal["auto", "triton", "torch", "reference"] = "auto",
     ) -> None:
         super().__init__()
         given = {"layout": layout, "annotations": annotations, "counts": counts}
