@@ -1,8 +1,8 @@
 """The command line: `balanced-group-softmax COMMAND ...`.
 
-Each command is a function of the library with its arguments read from text. Exit status 0, or 2
-with one line on standard error. What `groups` and `inspect` say and draw is in `cli_groups`,
-`cli_inspect` and `cli_figures`.
+Each command is a function of the library with its arguments read from text. What `groups` and
+`inspect` say and draw is in `cli_groups`, `cli_inspect` and `cli_figures`, what `--help` says below
+the options in `cli_texts`.
 """
 
 import argparse
@@ -12,8 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from balanced_group_softmax import cli_figures, cli_groups, cli_inspect
+from balanced_group_softmax import cli_figures, cli_groups, cli_inspect, cli_texts
 from balanced_group_softmax._version import __version__
+from balanced_group_softmax.cli_end import FAILED, ended, line_of
+from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_outputs import check_folder, check_output, check_outputs
 from balanced_group_softmax.cli_tables import count_range, one_line
 from balanced_group_softmax.counts import counted_categories
 from balanced_group_softmax.layout import GroupLayout
@@ -27,15 +30,21 @@ MAX_PANELS = 12
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status."""
+    return ended(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_, **__: _warn(str(message))
         try:
             args.run(args)
-        except (ImportError, OSError, TypeError, ValueError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+        except BrokenPipeError:
+            raise
+        except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
+            print(f"error: {line_of(error)}", file=sys.stderr)
+            return FAILED
     return 0
 
 
@@ -45,13 +54,14 @@ def _warn(text: str) -> None:
 
 
 def _groups(args: argparse.Namespace) -> None:
-    _check_outputs(args.annotations, args.out, args.plot)
+    check_outputs([args.annotations], args.out, args.plot)
+    thresholds = _thresholds(args)
     categories = counted_categories(args.annotations)
     ids = [category.id for category in categories if category.id is not None]
     try:
         layout = GroupLayout.from_counts(
             [category.instances for category in categories],
-            thresholds=tuple(args.thresholds),
+            thresholds=thresholds,
             background=None if args.background == "none" else args.background,
             category_ids=ids or None,
         )
@@ -66,12 +76,12 @@ def _groups(args: argparse.Namespace) -> None:
             )
             for name, group in zip(layout.names, layout.groups, strict=True)
         ]
-        title = f"{args.annotations.name}: {layout.num_categories} categories"
-        cli_figures.save(cli_figures.draw_counts(groups, args.thresholds, title), args.plot)
+        picture = cli_figures.draw_counts(groups, thresholds, args.annotations.name)
+        cli_figures.save(picture, args.plot)
     if args.out is not None:
         layout.save(args.out)
     _say(cli_groups.describe(layout, categories))
-    for name in cli_groups.empty_groups(layout, args.thresholds):
+    for name in cli_groups.empty_groups(layout, thresholds):
         _warn(f"group {name} ({count_range(name)}) has no categories and is left out")
     if len(layout.groups) == 1:
         _warn(
@@ -82,7 +92,7 @@ def _groups(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    _check_outputs(args.checkpoint, args.plot, args.plot)
+    check_outputs([args.checkpoint], None, args.plot)
     content = load_torch(args.checkpoint, skip_records=True)
     if not isinstance(content, Mapping):
         raise ValueError(
@@ -134,43 +144,41 @@ def _inspect(args: argparse.Namespace) -> None:
     _say(f"wrote {path}" for path in [args.plot] if path is not None)
 
 
-def _check_outputs(source: Path, out: Path | None, plot: Path | None) -> None:
-    """Refuse what cannot be written before the work that may take minutes."""
-    for path in (out, plot):
-        if path is None:
-            continue
-        if not path.parent.is_dir():
-            raise ValueError(f"{path}: expected a folder to write in, found no {path.parent}")
-        if path.is_dir():
-            raise ValueError(f"{path}: expected a file to write, got a folder")
-        if path.exists() and source.exists() and path.samefile(source):
-            raise ValueError(f"{path}: expected another file than the one that is read")
-    if plot is not None:
-        if out is not None and out is not plot and out.absolute() == plot.absolute():
-            raise ValueError(f"{plot}: expected different files for --out and --plot")
-        cli_figures.require_matplotlib()
+def _thresholds(args: argparse.Namespace) -> tuple[int, ...]:
+    """The boundaries that were asked for, checked before files are read."""
+    thresholds = tuple(args.thresholds)
+    try:
+        GroupLayout.from_counts([0], thresholds)
+    except ValueError as error:
+        raise ValueError(f"--thresholds: {error}") from None
+    return thresholds
 
 
 def _say(lines: Iterable[str]) -> None:
     """Print lines; letters that the output's encoding lacks become question marks."""
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     for line in lines:
         print(line.encode(encoding, "replace").decode(encoding))
 
 
 def _import_groups(args: argparse.Namespace) -> None:
+    check_output(args.out, _files_of(args.folder))
     layout = read_original_files(args.folder).layout
     layout.save(args.out)
-    print(f"{args.out}: {layout}")
+    _say([f"{args.out}: {layout}"])
 
 
 def _export_legacy(args: argparse.Namespace) -> None:
-    layout = write_original_files(args.annotations, args.out, thresholds=tuple(args.thresholds))
-    print(f"{args.out}: {len(FILES)} files of {layout}")
+    check_folder(args.out)
+    for name in FILES if args.out.is_dir() else ():
+        check_output(args.out / name, [args.annotations])
+    layout = write_original_files(args.annotations, args.out, thresholds=_thresholds(args))
+    _say([f"{args.out}: {len(FILES)} files of {layout}"])
 
 
 def _convert_checkpoint(args: argparse.Namespace) -> None:
     layout = None
+    check_output(args.out, [args.source, *(_files_of(args.groups) if args.groups else [])])
     if args.groups is not None:
         is_folder = args.groups.is_dir()
         layout = (
@@ -183,27 +191,35 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
         layout=layout,
         num_categories=args.num_categories,
     )
-    print(f"{args.out}: {number} entries for {args.to}")
+    _say([f"{args.out}: {number} entries for {args.to}"])
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A file, or the original's files in a folder."""
+    return [path, *(path / name for name in FILES)]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="balanced-group-softmax",
-        description="Balanced Group Softmax: groups of a data set, what a checkpoint holds, and "
-        "files of the original code.",
-        epilog=_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Balanced Group Softmax (BAGS) for long-tailed detection: see how a data set "
+        "falls into groups and what a trained detector holds, and convert files of the original "
+        "code.",
+        epilog=cli_texts.MAIN,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "--version", action="version", version=__version__, help="print the version and exit"
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, description: str, more: str) -> Any:
         made = commands.add_parser(
             name,
-            help=description,
+            help=description[0].lower() + description[1:-1],
             description=description,
             epilog=more,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
         )
         made.set_defaults(run=run)
         return made.add_argument
@@ -215,150 +231,123 @@ def _parser() -> argparse.ArgumentParser:
             nargs="+",
             default=[10, 100, 1000],
             metavar="N",
-            help="boundaries between groups, in instances, ascending (default: 10 100 1000)",
+            help="boundaries between groups, in training instances, ascending; a category with N "
+            "instances is in the group above (default: 10 100 1000)",
         )
 
     add = command(
-        "groups", _groups, "Show how a data set's categories fall into groups.", _GROUPS_HELP
+        "groups",
+        _groups,
+        "Show how the categories of a data set fall into groups.",
+        cli_texts.GROUPS,
     )
     add(
         "annotations",
         type=Path,
         metavar="ANNOTATIONS",
-        help="LVIS or COCO annotations of the training set, or a JSON list of counts",
+        help="training annotations in LVIS or COCO format, or a JSON list: of categories with `id` "
+        "and `instance_count`, or of counts",
     )
     add_thresholds()
     add(
         "--background",
         choices=("first", "last", "none"),
         default="first",
-        help="where labels have background: first (torchvision), last (mmdet, detectron2), or none "
-        "(classification); default: first",
+        help="where labels have background, for the layout: first (torchvision), last (mmdet, "
+        "detectron2), or none (classification) (default: first)",
     )
-    add("--out", type=Path, metavar="JSON", help="write the layout, for GroupLayout.load")
-    add("--plot", type=Path, metavar="PICTURE", help="draw the counts; .png, .svg or .pdf")
+    add("--out", type=Path, metavar="JSON", help="write the layout here, for GroupLayout.load")
+    add(
+        "--plot",
+        type=Path,
+        metavar="PICTURE",
+        help="draw the counts here, as .png, .svg or .pdf; needs matplotlib",
+    )
 
     add = command(
         "inspect",
         _inspect,
-        "Show the groups and weight norms of the BAGS heads in a checkpoint. Nothing in it is run.",
-        _INSPECT_HELP,
+        "Show the groups and weight norms of the BAGS heads in a checkpoint.",
+        cli_texts.INSPECT,
     )
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pt or .pth file of torch.save")
-    add("--plot", type=Path, metavar="PICTURE", help="draw the norms; .png, .svg or .pdf")
+    add(
+        "--plot",
+        type=Path,
+        metavar="PICTURE",
+        help="draw the norms here, as .png, .svg or .pdf; needs matplotlib",
+    )
 
     add = command(
         "import-groups",
         _import_groups,
-        "Turn the original's files of groups into a layout's JSON.",
-        _IMPORT_HELP,
+        "Turn the original's files of groups into the JSON of a layout.",
+        cli_texts.IMPORT,
     )
-    add("folder", type=Path, metavar="FOLDER", help=f"holds {FILES[0]}, perhaps the other files")
-    add("--out", type=Path, required=True, metavar="JSON", help="the layout")
+    add(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help=f"has {FILES[0]}, and perhaps {FILES[1]}, {FILES[2]} and the others",
+    )
+    add("--out", type=Path, required=True, metavar="JSON", help="write the layout here (required)")
 
     add = command(
         "export-legacy",
         _export_legacy,
         "Write the original's seven intermediate files for a training set.",
-        _EXPORT_HELP,
+        cli_texts.EXPORT,
     )
-    add("annotations", type=Path, metavar="ANNOTATIONS", help="LVIS or COCO annotations, ids 1..C")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder; made if it is not there")
+    add(
+        "annotations",
+        type=Path,
+        metavar="ANNOTATIONS",
+        help="training annotations in LVIS or COCO format, with images and annotations",
+    )
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for the files, made if it is not there (required)",
+    )
     add_thresholds()
 
     add = command(
         "convert-checkpoint",
         _convert_checkpoint,
-        "Convert a checkpoint of the original (mmdetection 1). Nothing in it is run.",
-        _CONVERT_HELP,
+        "Convert a checkpoint of the original (mmdetection 1) for mmdet 3 or torchvision.",
+        cli_texts.CONVERT,
     )
     add("source", type=Path, metavar="CHECKPOINT", help="a .pth file of the original")
-    add("--out", type=Path, required=True, metavar="FILE", help="the converted checkpoint")
-    add("--to", choices=("mmdet", "torchvision"), required=True, help="mmdet 3 or torchvision")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="write the converted checkpoint here (required)",
+    )
+    add(
+        "--to",
+        choices=("mmdet", "torchvision"),
+        required=True,
+        help="for mmdet 3, or for torchvision, which has Faster and Mask R-CNN alone (required)",
+    )
     add(
         "--groups",
         type=Path,
         metavar="PATH",
-        help="of a BAGS checkpoint: folder of the original's files, or a layout's JSON",
+        help="of a BAGS checkpoint: the folder of the original's files, or a layout's JSON; a "
+        "plain softmax checkpoint needs none",
     )
     add(
         "--num-categories",
         type=int,
         metavar="C",
-        help="of a plain cascade without masks, whose file does not name its categories",
+        help="number of categories, without background; needed for a plain cascade without "
+        "masks, whose file may not say it",
     )
     return parser
-
-
-_HELP = """\
-a first look at your own data, and at a trained detector:
-  balanced-group-softmax groups train.json --plot groups.png --out layout.json
-  balanced-group-softmax inspect bags.pth --plot norms.png
-
-COMMAND --help has examples and says what the output means. The exit status is 0, or 2 with one line
-on standard error if an input is not what it should be; no output is then left half written.
-"""
-
-_GROUPS_HELP = """\
-examples:
-  balanced-group-softmax groups lvis_v1_train.json
-  balanced-group-softmax groups train.json --thresholds 5 50 500 --plot groups.png
-  balanced-group-softmax groups train.json --background last --out layout.json
-
-A category's group is given by its training instances: `instance_count` where the file states it
-(LVIS), or else its annotations that are not `iscrowd`. A category that was never seen is in the
-lowest group; a group without categories is left out, with a warning.
-
-output, a line for each group:
-  group       its name, LOW_HIGH: at least LOW instances, fewer than HIGH; bg_fg tells background
-              from foreground
-  columns     of the classifier: one for each category, and one for `others`
-  instances   of all its categories in training, and their share of all instances
-  fewest      the category with the fewest instances, and with the most
-The row `all` has the width of the classifier under `columns`. In the picture a bar or step is a
-category, and dashed lines are the thresholds.
-"""
-
-_INSPECT_HELP = """\
-examples:
-  balanced-group-softmax inspect bags.pth
-  balanced-group-softmax inspect epoch_12.pth --plot norms.png
-
-Every BAGSHead is found, wherever it is: in a bare state dict, under `model` or `state_dict`, and in
-each stage of a cascade; checkpoints of torchvision, mmdet 3, detectron2 and the examples.
-
-output, for each head its place and a line for each group:
-  columns     of the classifier: one for each category, and one for `others`
-  mean, min, max
-              of the L2 norms of the categories' rows of weights
-  others      the norm of the row of `others`
-In figure 1 of the paper a plain softmax has larger norms for frequent categories, which is what the
-groups are there to even out. In the picture a dot is a category, a line the mean of its group, and
-a dashed line its `others`. For a checkpoint without a layout, what may be its classifier is named.
-"""
-
-_IMPORT_HELP = """\
-example:
-  balanced-group-softmax import-groups data/lvis --out layout.json
-
-output: the layout that was written, with how many categories are in each group.
-"""
-
-_EXPORT_HELP = """\
-example:
-  balanced-group-softmax export-legacy lvis_v0.5_train.json --out data/lvis
-
-output: the folder, and the groups that its files describe.
-"""
-
-_CONVERT_HELP = """\
-examples:
-  balanced-group-softmax convert-checkpoint faster_rcnn.pth --out softmax.pth --to torchvision
-  balanced-group-softmax convert-checkpoint gs_faster_rcnn.pth --out bags.pth --to mmdet \\
-      --groups data/lvis
-
-output: the file, and how many entries it has; `inspect` shows what they are.
-"""
 
 
 if __name__ == "__main__":

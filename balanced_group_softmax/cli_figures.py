@@ -5,9 +5,8 @@ matplotlib is loaded by the first call and not by importing this module.
 
 from __future__ import annotations
 
-import os
-import secrets
 import warnings
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,14 +14,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["CountGroup", "NormGroup", "draw_counts", "draw_norms", "require_matplotlib", "save"]
+from balanced_group_softmax._files import written_whole
+
+__all__ = ["CountGroup", "NormGroup", "check_picture", "draw_counts", "draw_norms", "save"]
 
 _INK = "#2b2d42"
-# From rare to frequent; told apart in grey and by colour-blind readers too.
-_COLOURS = ("#e07a2f", "#e9b44c", "#5fa8a0", "#2f4b7c")
+# From rare to frequent; told apart in grey, where their lightness (CIE L*) is 55, 82, 68 and 32,
+# and by colour-blind readers: any two are at least 26 apart (CIE 1976) as Machado simulates them.
+_COLOURS = ("#d4621a", "#f2c864", "#6fb3a8", "#2f4b7c")
 _NAMES_UP_TO = 80  # categories that fit with their names
 _LEGEND_UP_TO = 24  # entries; beyond that it would be larger than the picture
 _ROOM_FOR_TEXT = 0.03  # of the width, for a number below or above it
+_LETTERS = 100  # of names beside each other across the width
+_LARGEST_PLAIN = 10**7  # of the counts on an axis in plain numbers; larger ones are powers of ten
 
 
 class CountGroup(NamedTuple):
@@ -41,24 +45,35 @@ class NormGroup(NamedTuple):
     others: float
 
 
-def require_matplotlib() -> None:
-    """Raise ImportError, with what to install, where matplotlib is missing."""
+def check_picture(path: Path) -> None:
+    """Check that a picture can be drawn, in the format that its name ends with.
+
+    Raises:
+        ImportError: matplotlib is missing; the message says what to install.
+        ValueError: the suffix is of no format that matplotlib writes.
+    """
     try:
-        import matplotlib.figure  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            f"Expected matplotlib for --plot, got {error}; `python -m pip install matplotlib` "
-            "installs it, and without --plot it is not needed"
+            f"Expected matplotlib to draw {path}, got {error}; `python -m pip install matplotlib` "
+            "installs it, and without a picture it is not needed"
         ) from None
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(
+            f"{path}: expected a picture that ends in one of {', '.join(sorted(formats))}, got "
+            f"{path.suffix!r}"
+        )
 
 
-def draw_counts(groups: Sequence[CountGroup], thresholds: Sequence[int], title: str) -> Any:
+def draw_counts(groups: Sequence[CountGroup], thresholds: Sequence[int], name: str) -> Any:
     """Draw the instances of each category on a log axis, the most frequent category first.
 
     Args:
         groups: from rare to frequent, none of them empty.
         thresholds: boundaries between groups, in instances.
-        title: of the picture.
+        name: of the data set.
 
     Returns:
         A figure of matplotlib.
@@ -73,47 +88,60 @@ def draw_counts(groups: Sequence[CountGroup], thresholds: Sequence[int], title: 
     axes.set_yscale("log")
     floor = 0.5  # a logarithm knows no 0
     highest = max(max(group.counts) for group in groups)
-    axes.set_ylim(floor, max(highest, 1) * 2.2)
+    axes.set_ylim(floor, floor * (max(highest, 4) / floor) ** 1.12)  # room for the sizes
+    if highest < _LARGEST_PLAIN:
+        axes.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
     start, names, boundaries = 0, [], [0]
     unseen: list[int] = []
-    for group, colour in reversed(list(zip(groups, colours(len(groups)), strict=True))):
+    palette = colours(1 + len(thresholds))  # one for each range, whether it has categories or not
+    legend: list[Any] = []
+    drawn: Any
+    for group in reversed(groups):
+        colour = palette[bisect_right(thresholds, group.counts[0])]
         order = np.argsort(-np.asarray(group.counts, dtype=np.float64), kind="stable")
         counts = np.asarray(group.counts, dtype=np.float64)[order]
         ranks = start + 1 + np.arange(len(counts))
-        share = f", {100 * counts.sum() / total:.2g}% of instances" if total else ""
+        share = f", {_share(sum(group.counts), total)} of instances" if total else ""
         label = f"{group.label}: {_categories(len(counts))}{share}"
         if named:
             heights = np.maximum(counts, floor)
-            axes.bar(ranks, heights, 0.8, color=colour, label=label, zorder=2)
+            drawn = axes.bar(ranks, heights, 0.8, color=colour, label=label, zorder=2)
         else:
             edges = start + 0.5 + np.arange(len(counts) + 1)
             heights = np.append(counts, counts[-1:])
-            axes.fill_between(
+            drawn = axes.fill_between(
                 edges, np.maximum(heights, floor), floor, step="post", color=colour, lw=0,
                 label=label, zorder=2,
             )  # fmt: skip
+        legend.append(drawn)
         unseen += ranks[counts == 0].tolist()
         names += [group.names[index] for index in order]
         start += len(counts)
         boundaries.append(start)
     if unseen:
-        axes.scatter(
+        crosses = axes.scatter(
             unseen, [floor * 1.15] * len(unseen), marker="x", s=18 if named else 6, lw=0.8,
             color=_INK, label=f"never seen: {_categories(len(unseen))}", zorder=3, clip_on=False,
         )  # fmt: skip
-    for threshold in thresholds:
-        if floor < threshold < highest * 2.2:
-            axes.axhline(threshold, color=_INK, lw=0.7, ls=(0, (4, 3)), alpha=0.6, zorder=1)
+        legend.append(crosses)
+    shown = [threshold for threshold in thresholds if threshold < axes.get_ylim()[1]]
+    lines = [
+        axes.axhline(threshold, color=_INK, lw=0.7, ls=(0, (4, 3)), alpha=0.6, zorder=1)
+        for threshold in shown
+    ]
+    if lines:
+        lines[0].set_label("boundaries between groups")
+        legend.append(lines[0])
     _mark_groups(axes, boundaries, named)
     if named:
         size = 9 if number <= 25 else 6.5
         axes.set_xticks(range(1, number + 1), [_plain(name) for name in names], fontsize=size)
-        turn = {"rotation": 90} if number > 12 else {}
-        axes.tick_params(axis="x", **turn)
+        if number > 12 or number * max(len(_plain(name)) for name in names) > _LETTERS:
+            axes.tick_params(axis="x", rotation=90)
     axes.set_xlabel("categories, the most frequent first")
     axes.set_ylabel("training instances")
-    _finish(axes, columns=2)
-    _title(figure, title)
+    _finish(axes, columns=2, handles=legend)
+    _title(figure, f"{name}: {_categories(number)}, {total:,} training instances")
     return figure
 
 
@@ -153,40 +181,29 @@ def draw_norms(heads: Sequence[tuple[str, Sequence[NormGroup]]], title: str) -> 
             boundaries.append(start)
         axes.plot([], [], color="#777777", lw=1.8, label="mean of the group")
         axes.plot([], [], color=_INK, lw=1.4, ls=(0, (2, 1.5)), label="`others` of the group")
-        axes.margins(y=0.14)  # room for the sizes of the groups
-        axes.set_ylim(bottom=0)
+        drawn = np.concatenate([*(group.norms for group in groups), [g.others for g in groups]])
+        highest = float(np.max(drawn, initial=0.0, where=np.isfinite(drawn)))
+        axes.set_ylim(0, 1.16 * highest or 1.0)  # room for the sizes of the groups
         _mark_groups(axes, boundaries, named=False)
-        axes.set_ylabel("norm of the weights")
+        axes.set_ylabel("L2 norm of the weights")
         _finish(axes, columns=3, title=_plain(name, 100) if len(heads) > 1 else None)
     panels[-1].set_xlabel("categories: groups from frequent to rare, in each by norm")
     _title(figure, title)
     return figure
 
 
-def save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path, dpi: int = 150) -> None:
     """Write a figure in the format of the path's suffix; a file there is replaced in one step.
 
     Raises:
         OSError: it cannot be written.
         ValueError: the suffix is of no format that matplotlib writes.
     """
-    formats = figure.canvas.get_supported_filetypes()
-    suffix = path.suffix[1:].lower()
-    if suffix not in formats:
-        raise ValueError(
-            f"{path}: expected a picture that ends in one of {', '.join(sorted(formats))}, got "
-            f"{path.suffix!r}"
-        )
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        with warnings.catch_warnings():
-            # Names in scripts that the font lacks are drawn as boxes, which shows by itself.
-            warnings.filterwarnings("ignore", message="Glyph")
-            figure.savefig(partial, format=suffix, dpi=150, facecolor="white")
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    check_picture(path)
+    with written_whole(path) as partial, warnings.catch_warnings():
+        # Names in scripts that the font lacks are drawn as boxes, which shows by itself.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(partial, format=path.suffix[1:].lower(), dpi=dpi, facecolor="white")
 
 
 def colours(number: int) -> list[Any]:
@@ -212,7 +229,7 @@ def _mark_groups(axes: Any, boundaries: Sequence[int], named: bool) -> None:
             axes.text(
                 (before + after + 1) / 2, 0.985, str(after - before), color=_INK, fontsize=10,
                 ha="center", va="top", transform=axes.get_xaxis_transform(), zorder=5,
-                fontweight="bold",
+                fontweight="bold", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
             )  # fmt: skip
     if not named:
         ticks = [1]
@@ -222,18 +239,21 @@ def _mark_groups(axes: Any, boundaries: Sequence[int], named: bool) -> None:
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
 
 
-def _finish(axes: Any, columns: int, title: str | None = None) -> None:
+def _finish(
+    axes: Any, columns: int, title: str | None = None, handles: list[Any] | None = None
+) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.yaxis.grid(True, color=_INK, alpha=0.12, zorder=0)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
-    handles, labels = axes.get_legend_handles_labels()
+    if handles is None:
+        handles, _ = axes.get_legend_handles_labels()
     if len(handles) <= _LEGEND_UP_TO:
         # Above the axes: nothing that is drawn is hidden, however the counts fall.
         axes.legend(
-            handles, labels, frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 1.0),
+            handles=handles, frameon=False, loc="lower left", bbox_to_anchor=(-0.01, 1.0),
             ncols=columns, fontsize=9, borderaxespad=0.2, title=title, title_fontsize=10,
-            alignment="left",
+            alignment="left", scatteryoffsets=[0.5],
         )  # fmt: skip
 
 
@@ -243,6 +263,16 @@ def _title(figure: Any, text: str) -> None:
 
 def _categories(number: int) -> str:
     return "1 category" if number == 1 else f"{number} categories"
+
+
+def _share(part: int, total: int) -> str:
+    """A share in percent, short, and never 0% or 100% of what is neither."""
+    percent = 100 * part / total
+    if part and percent < 0.01:
+        return "less than 0.01%"
+    if part < total and percent >= 99.5:
+        return "more than 99%"
+    return f"{percent:.0f}%" if percent >= 10 else f"{percent:.2g}%"
 
 
 def _plain(text: str, longest: int = 28) -> str:

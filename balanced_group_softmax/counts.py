@@ -261,6 +261,8 @@ def _load(source: Source) -> tuple[Any, str]:
         )
     with path.open("rb") as file:
         beginning = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not beginning and size < 1024:
+        raise ValueError(f"{path}: Expected JSON, got an empty file, perhaps a truncated one")
     if beginning and beginning[:1] not in b"{[":
         # Said before gigabytes of something else are read.
         raise ValueError(f"{path}: Expected JSON, got a file that starts {beginning[:20]!r}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from balanced_group_softmax import layout_json
 from balanced_group_softmax._arguments import as_int_array, as_int_tuple, as_tuple, shown
+from balanced_group_softmax._files import written_whole
 from balanced_group_softmax.tables import GroupTables
 
 Background = Literal["first", "last"] | None
@@ -261,15 +261,14 @@ class GroupLayout:
         return layout
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the layout to a JSON file; a file already there is replaced in one step."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        try:
+        """Write the layout to a JSON file; a file already there is replaced in one step.
+
+        Raises:
+            OSError: if it cannot be written.
+            ValueError: if `path` is a folder or a device.
+        """
+        with written_whole(Path(path)) as partial:
             partial.write_text(self.to_json() + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GroupLayout:

@@ -9,11 +9,19 @@ import torch
 from profiles import read_profile
 from records import ALL, brief
 
+from balanced_group_softmax.cli_end import line_of
+
 
 def whole(text: str) -> int:
     """A number of rows, rounds, threads."""
     if not (text.isascii() and text.isdigit() and int(text)):
         raise ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
     return int(text)
 
 
@@ -29,6 +37,13 @@ def factor(text: str) -> float:
     value = _number(text)
     if not 0 < value < math.inf:
         raise ArgumentTypeError(f"expected a finite number above 0, got {text!r}")
+    return value
+
+
+def share(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise ArgumentTypeError(f"expected a share from 0 to 1, got {text!r}")
     return value
 
 
@@ -60,9 +75,9 @@ def counts_file(text: str) -> Path:
     try:
         read_profile(path)
     except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = line_of(error) if isinstance(error, OSError) else f"{text!r}: {brief(error)}"
         raise ArgumentTypeError(
-            f"expected a JSON list of LVIS categories with `id` and `instance_count`, "
-            f"got {text!r}: {brief(error)}"
+            f"expected a JSON list of LVIS categories with `id` and `instance_count`, got {reason}"
         ) from error
     return path
 
@@ -74,17 +89,17 @@ def output_folder(text: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise ArgumentTypeError(
-            f"expected a folder to write to, got {text!r}: {brief(error)}"
-        ) from error
+        reason = error.strerror or brief(error)
+        raise ArgumentTypeError(f"expected a folder to write to, got {text!r}: {reason}") from error
     return path
 
 
 def output_file(text: str) -> Path:
     """A file that can be written."""
     path = Path(text)
-    if path.is_dir():
-        raise ArgumentTypeError(f"expected a file to write, got the folder {text!r}")
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device or pipe"
+        raise ArgumentTypeError(f"expected a file to write, got the {kind} {text!r}")
     output_folder(str(path.parent))
     return path
 

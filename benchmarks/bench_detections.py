@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from arguments import device_name, limit, output_file, whole
+from arguments import device_name, limit, output_file, seed, whole
 from machine import environment
 from program import MAX_SECONDS
 from records import brief, markdown_table, write_json
@@ -36,7 +36,14 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import batched_nms, clip_boxes_to_image, nms, remove_small_boxes
 
+from balanced_group_softmax.cli_end import ended
+from balanced_group_softmax.cli_help import HelpFormatter
 from balanced_group_softmax.detections import Detections, select_detections
+
+STATUS = """\
+exit status: 0 if done; 1 if detections are not those expected, or a case could not be measured; 2
+if the usage is wrong; 130 after Ctrl-C.
+"""
 
 IMAGE_SIZE = (800, 1216)
 OBJECTS = 15
@@ -282,18 +289,43 @@ def table(results: list[Result]) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=STATUS, formatter_class=HelpFormatter
     )
-    parser.add_argument("--device", type=device_name, default="cpu")
-    parser.add_argument("--rows", type=whole, default=1000, help="proposals (default: 1000)")
-    parser.add_argument("--categories", type=whole, default=1203, help="default: 1203, LVIS v1")
-    parser.add_argument("--max-detections", type=whole, default=300)
-    parser.add_argument("--rounds", type=whole, default=7, help="timed runs of each (default: 7)")
-    parser.add_argument("--max-seconds", type=limit, default=math.inf, help=MAX_SECONDS)
-    parser.add_argument("--threads", type=whole, help="of torch on the CPU")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="trained scores at threshold 0 only")
-    parser.add_argument("--json", type=output_file, metavar="OUT", help="write the record here")
+    add = parser.add_argument
+    add(
+        "--device",
+        type=device_name,
+        default="cpu",
+        metavar="NAME",
+        help="cpu, cuda or cuda:N (default: cpu)",
+    )
+    add("--rows", type=whole, default=1000, metavar="R", help="proposals (default: 1000)")
+    add(
+        "--categories",
+        type=whole,
+        default=1203,
+        metavar="C",
+        help="categories (default: 1203, those of LVIS v1)",
+    )
+    add(
+        "--max-detections",
+        type=whole,
+        default=300,
+        metavar="N",
+        help="detections that are kept (default: 300)",
+    )
+    add("--rounds", type=whole, default=7, metavar="N", help="timed runs of each (default: 7)")
+    add(
+        "--max-seconds",
+        type=limit,
+        default=math.inf,
+        metavar="S",
+        help=f"{MAX_SECONDS} (default: no limit)",
+    )
+    add("--threads", type=whole, metavar="N", help="threads of torch (default: torch decides)")
+    add("--seed", type=seed, default=0, metavar="N", help="seed of boxes and scores (default: 0)")
+    add("--quick", action="store_true", help="trained scores at threshold 0 only")
+    add("--json", type=output_file, metavar="OUT", help="write the record here")
     return parser.parse_args(arguments)
 
 
@@ -342,4 +374,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(ended(main))

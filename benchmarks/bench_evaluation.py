@@ -9,7 +9,7 @@ Peak memory is the largest resident size of the process, with Python, torch, the
 detections, from start to end (Linux, macOS).
 
     python benchmarks/bench_evaluation.py --images 300
-    python benchmarks/bench_evaluation.py --images 5000 --json results/evaluation.json
+    python benchmarks/bench_evaluation.py --images 5000 --json evaluation.json
     python benchmarks/bench_evaluation.py --images 20000 --methods fast --fixed
 """
 
@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from arguments import output_file, seed, whole
 from machine import environment
 from records import markdown_table, number, write_json
 
@@ -35,6 +36,14 @@ from detection_results import ImageDetections
 from ground_truth import read_ground_truth
 from lvis_evaluation import METHODS, evaluate
 from results_files import open_writer, read_results
+
+from balanced_group_softmax.cli_end import ended
+from balanced_group_softmax.cli_help import HelpFormatter
+
+STATUS = """\
+exit status: 0 if done; 1 if figures of the methods differ by more than 1e-6; 2 if the usage is
+wrong; 130 after Ctrl-C.
+"""
 
 IMAGE_SIZE = 640
 OBJECTS = 12
@@ -220,19 +229,38 @@ def _version(package: str) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=STATUS, formatter_class=HelpFormatter
     )
     add = parser.add_argument
-    add("--images", type=int, default=1000)
-    add("--detections", type=int, default=300, help="of an image")
-    add("--categories", type=int, default=1203)
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--images", type=whole, default=1000, metavar="N", help="images (default: 1000)")
+    add(
+        "--detections",
+        type=whole,
+        default=300,
+        metavar="N",
+        help="detections of an image (default: 300)",
+    )
+    add(
+        "--categories",
+        type=whole,
+        default=1203,
+        metavar="C",
+        help="categories (default: 1203, those of LVIS v1)",
+    )
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="NAME",
+        help=f"methods to time, of {', '.join(METHODS)} (default: all of them)",
+    )
     add("--fixed", action="store_true", help="AP fixed and pooled AP too")
-    add("--seed", type=int, default=0)
-    add("--json", type=Path, help="write the record here")
+    add("--seed", type=seed, default=0, metavar="N", help="seed of what is drawn (default: 0)")
+    add("--json", type=output_file, metavar="OUT", help="write the record here")
     add("--work", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -11,8 +11,8 @@ also the time within a CUDA graph, with buffers that rotate through more than th
 
     python benchmarks/bench_loss.py --quick
     python benchmarks/bench_loss.py --memory kept --json results/loss.json
-    python benchmarks/bench_loss.py --layout v3det --rows 1024 --foreground 0.1 all --peaks 1024
-    python benchmarks/bench_loss.py --device cuda --dtype float32 bfloat16 --compile 1024
+    python benchmarks/bench_loss.py --layout v3det --rows 1024 --peaks 1024
+    python benchmarks/bench_loss.py --device cuda --dtype bfloat16 --compile
 """
 
 import argparse
@@ -32,6 +32,8 @@ from profiles import OTHERS_RATIO, Profile, draw_labels, live_fraction
 from program import Run, common_parser, parse
 from records import ALL, ALL_ACTIVE_FOREGROUND, OURS, Case, Result, brief
 from timing import Call, Timing, interleave
+
+from balanced_group_softmax.cli_end import ended
 
 ROWS = (128, 512, 1024, 8192)
 FOREGROUND = ("0.05", "0.10", "0.25")
@@ -205,16 +207,31 @@ def parse_loss(arguments: list[str] | None) -> argparse.Namespace:
         type=share_of_rows,
         nargs="+",
         default=list(FOREGROUND),
-        help=f"shares of foreground rows, and `{ALL}`: every row counts in every group",
+        metavar="SHARE",
+        help=f"shares of foreground rows, from 0 to 1, and `{ALL}`: every row counts in every "
+        f"group (default: {' '.join(FOREGROUND)})",
     )
     parser.add_argument(
-        "--passes", nargs="+", default=["both"], choices=["forward", "backward", "both"]
+        "--passes",
+        nargs="+",
+        default=["both"],
+        choices=["forward", "backward", "both"],
+        metavar="PASS",
+        help="what to time: forward, backward, or both as one (default: both)",
     )
     parser.add_argument(
-        "--loss-scale", type=factor, default=1.0, help="multiply every loss by this, as AMP does"
+        "--loss-scale",
+        type=factor,
+        default=1.0,
+        metavar="X",
+        help="multiply every loss by this, as AMP does (default: 1)",
     )
     parser.add_argument(
-        "--compile", type=whole, nargs="*", metavar="R", help="also time torch.compile (at these R)"
+        "--compile",
+        type=whole,
+        nargs="*",
+        metavar="R",
+        help="time torch.compile too; with sizes R, at these alone",
     )
     parser.add_argument(
         "--peaks",
@@ -222,7 +239,8 @@ def parse_loss(arguments: list[str] | None) -> argparse.Namespace:
         nargs="*",
         default=[],
         metavar="R",
-        help="measure peak memory on the CPU at these R (on a GPU it always is)",
+        help="rows at which peak memory is measured on the CPU too (default: none); on a GPU it "
+        "always is",
     )
     options = parse(parser, arguments)
     if options.quick:
@@ -260,4 +278,4 @@ def cases(profile: Profile, options: argparse.Namespace) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(ended(main))

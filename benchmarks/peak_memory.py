@@ -6,7 +6,7 @@ back to the system (`hold_memory`), so that its resident size follows what is al
 keeps the highest value since the last reset. Linux only. A page that was asked for and never
 written is not counted, as it takes no memory.
 
-    python benchmarks/peak_memory.py --layout lvis_v0.5 --rows 8192 --foreground 0.25
+    python benchmarks/peak_memory.py --rows 8192 --foreground 0.25
 """
 
 import argparse
@@ -19,11 +19,19 @@ import sys
 from pathlib import Path
 
 import torch
-from arguments import counts_file, whole
+from arguments import counts_file, share, whole
 from peers import Peer, loss_peers
 from profiles import OTHERS_RATIO, PUBLISHED, Profile, draw_labels, named_profile, read_profile
 from timing import hold_memory
 
+from balanced_group_softmax.cli_end import ended
+from balanced_group_softmax.cli_help import HelpFormatter
+
+EXIT_STATUS = """\
+output: a JSON object, of each loss the peak over the bytes of the logits.
+
+exit status: 0 if done; 2 if the usage is wrong; 130 after Ctrl-C.
+"""
 REPEATS = 3
 RESET = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
@@ -87,21 +95,54 @@ def in_fresh_process(arguments: list[str]) -> dict[str, float]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=EXIT_STATUS, formatter_class=HelpFormatter
     )
-    parser.add_argument("--layout", choices=list(PUBLISHED), default="lvis_v0.5")
-    parser.add_argument("--counts", type=counts_file, help="JSON list of LVIS categories instead")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--rows", type=whole, default=8192)
-    parser.add_argument("--foreground", type=float, default=0.25)
-    parser.add_argument("--all-active", action="store_true")
-    parser.add_argument("--impl", nargs="+", default=["auto"])
-    parser.add_argument("--threads", type=whole, default=1)
+    add = parser.add_argument
+    add(
+        "--layout",
+        choices=list(PUBLISHED),
+        default="lvis_v0.5",
+        help="groups and counts of a data set (default: lvis_v0.5)",
+    )
+    add(
+        "--counts",
+        type=counts_file,
+        metavar="JSON",
+        help="in place of --layout, the counts of a JSON list of LVIS categories",
+    )
+    add(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16", "float16"],
+        help="type of the logits (default: float32)",
+    )
+    add("--rows", type=whole, default=8192, metavar="R", help="rows of logits (default: 8192)")
+    add(
+        "--foreground",
+        type=share,
+        default=0.25,
+        metavar="SHARE",
+        help="share of foreground rows (default: 0.25)",
+    )
+    add("--all-active", action="store_true", help="every row counts in every group")
+    add(
+        "--impl",
+        nargs="+",
+        default=["auto"],
+        metavar="NAME",
+        help="implementations of ours: auto, triton, torch or reference (default: auto)",
+    )
+    add("--threads", type=whole, default=1, metavar="N", help="threads of torch (default: 1)")
     return parser.parse_args(arguments)
 
 
-if __name__ == "__main__":
-    options = parse()
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
     torch.set_num_threads(options.threads)
     hold_memory("returned")
     print(json.dumps(peak_ratios(options)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(ended(main))

@@ -15,46 +15,113 @@ from profiles import PUBLISHED, Profile, named_profile, read_profile
 from records import OURS, Case, Result, result_tables, write_json
 from timing import CLOCKS, hold_memory
 
+from balanced_group_softmax.cli_help import HelpFormatter
+
+STATUS = """\
+exit status: 0 if done; 1 if alternatives disagree or the same seed gives other bits, or if this
+library could not be measured; 2 if the usage is wrong; 130 after Ctrl-C.
+"""
 DTYPES = ("float32", "bfloat16", "float16")
 Measure = Callable[[Result], None]
-MAX_SECONDS = "a size gets no new round after these, but three in any case"
+MAX_SECONDS = "seconds after which a size gets no new round; it has three in any case"
 
 
 def common_parser(description: str | None, rows: Sequence[int]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, epilog=STATUS, formatter_class=HelpFormatter
     )
-    parser.add_argument("--device", type=device_name, default="cpu")
-    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
-    parser.add_argument("--impl", nargs="+", default=["auto"], help="implementations of ours")
-    parser.add_argument("--layout", nargs="+", default=["lvis_v0.5"], choices=list(PUBLISHED))
-    parser.add_argument("--counts", type=counts_file, help="JSON list of LVIS categories instead")
-    parser.add_argument("--rows", type=whole, nargs="+", default=list(rows))
-    parser.add_argument("--threads", type=whole, default=1, help="CPU threads")
+    parser.add_argument(
+        "--device",
+        type=device_name,
+        default="cpu",
+        metavar="NAME",
+        help="cpu, cuda or cuda:N (default: cpu)",
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["float32"],
+        choices=DTYPES,
+        metavar="DTYPE",
+        help=f"types of the logits, of {', '.join(DTYPES)} (default: float32)",
+    )
+    parser.add_argument(
+        "--impl",
+        nargs="+",
+        default=["auto"],
+        metavar="NAME",
+        help="implementations of ours: auto, triton, torch or reference (default: auto)",
+    )
+    parser.add_argument(
+        "--layout",
+        nargs="+",
+        default=["lvis_v0.5"],
+        choices=list(PUBLISHED),
+        metavar="NAME",
+        help=f"groups and counts of a data set, of {', '.join(PUBLISHED)} (default: lvis_v0.5)",
+    )
+    parser.add_argument(
+        "--counts",
+        type=counts_file,
+        metavar="JSON",
+        help="in place of --layout, the counts of a JSON list of LVIS categories",
+    )
+    parser.add_argument(
+        "--rows",
+        type=whole,
+        nargs="+",
+        default=list(rows),
+        metavar="R",
+        help=f"rows of logits, one size each (default: {' '.join(map(str, rows))})",
+    )
+    parser.add_argument(
+        "--threads", type=whole, default=1, metavar="N", help="threads of torch (default: 1)"
+    )
     parser.add_argument(
         "--clock",
         choices=list(CLOCKS),
         default="wall",
-        help="cpu: processor time, for a machine that others use too",
+        help="on the CPU measure wall time, or processor time (cpu) on a machine that others use "
+        "too (default: wall)",
     )
     parser.add_argument(
         "--memory",
         choices=["adaptive", "kept", "returned"],
         default="adaptive",
         help="freed memory: kept as in a long-running process, returned to the system as in a "
-        "fresh one, or as the C library sees fit",
+        "fresh one, or as the C library sees fit (default: adaptive)",
     )
-    parser.add_argument("--rounds", type=whole, default=40)
+    parser.add_argument(
+        "--rounds",
+        type=whole,
+        default=40,
+        metavar="N",
+        help="timed rounds of each size (default: 40)",
+    )
     parser.add_argument(
         "--burst",
         type=whole,
         default=8,
-        help="runs in a row; 1: every run finds the caches full of another alternative's work",
+        metavar="N",
+        help="runs in a row, of a round; 1: every run finds the caches full of another "
+        "alternative's work (default: 8)",
     )
-    parser.add_argument("--max-seconds", type=limit, default=20.0, help=MAX_SECONDS)
-    parser.add_argument("--minutes", type=limit, default=math.inf, help="no new size after these")
+    parser.add_argument(
+        "--max-seconds",
+        type=limit,
+        default=20.0,
+        metavar="S",
+        help=f"{MAX_SECONDS} (default: 20)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=limit,
+        default=math.inf,
+        metavar="M",
+        help="minutes after which no new size is begun (default: no limit)",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds, fewer sizes")
-    parser.add_argument("--json", type=output_file, help="write the record here")
+    parser.add_argument("--json", type=output_file, metavar="OUT", help="write the record here")
     return parser
 
 

@@ -5,9 +5,12 @@ end, so that a run that is stopped leaves older results as they were; after Ctrl
 are done go to `<machine>-interrupted.*`. Every part runs in a process of its own: one that fails
 is named on the page, and the others still count.
 
-    python benchmarks/run_all.py                        # a GPU if there is one, else the CPU
+    python benchmarks/run_all.py
     python benchmarks/run_all.py --device cpu --quick
-    python benchmarks/run_all.py --device cuda --tests  # the GPU check: tests, goals, figures
+    python benchmarks/run_all.py --device cuda --tests
+
+The first takes a GPU if there is one, and else the CPU. The last is the check of a GPU: tests,
+goals and figures.
 """
 
 import argparse
@@ -28,6 +31,13 @@ from machine import environment, machine_name
 from page import Outcome, Part, goals_table, make_page, measurements
 from records import write_bytes, write_json
 
+from balanced_group_softmax.cli_end import ended
+from balanced_group_softmax.cli_help import HelpFormatter
+
+STATUS = """\
+exit status: 0 if done; 1 if a part or a test failed or the run was stopped by Ctrl-C (130 before
+its first part was done), or the page could not be written; 2 if the usage is wrong.
+"""
 HERE = Path(__file__).resolve().parent
 SHARES = ["0.05", "0.10", "0.25"]
 SCALED = ["--loss-scale", "65536", "--dtype", "float32", "float16"]
@@ -229,16 +239,32 @@ def write(outcome: Outcome, folder: Path) -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=STATUS, formatter_class=HelpFormatter
     )
     parser.add_argument(
-        "--device", type=device_name, help="default: cuda if there is a GPU, else cpu"
+        "--device",
+        type=device_name,
+        metavar="NAME",
+        help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)",
     )
-    parser.add_argument("--quick", action="store_true", help="what the main goals need, roughly")
+    parser.add_argument(
+        "--quick", action="store_true", help="only what the main goals need, in fewer rounds"
+    )
     parser.add_argument("--tests", action="store_true", help="first run the tests that need a GPU")
-    parser.add_argument("--minutes", type=limit, default=15, help="no new size after these")
     parser.add_argument(
-        "--output", type=output_folder, default=str(HERE / "results"), help="folder"
+        "--minutes",
+        type=limit,
+        default=15,
+        metavar="M",
+        help="minutes after which no new size is begun, the tests not counted (default: 15)",
+    )
+    parser.add_argument(
+        "--output",
+        type=output_folder,
+        default=str(HERE / "results"),
+        metavar="DIR",
+        help="folder for page, record and plots, made if it is not there (default: "
+        "benchmarks/results)",
     )
     options = parser.parse_args(arguments)
     if options.device is None:
@@ -292,4 +318,4 @@ def new_outcome(options: argparse.Namespace, command: str) -> Outcome:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(ended(main))

@@ -7,14 +7,10 @@ configuration nor the annotations again. Files are read with `weights_only=True`
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import os
-import pickle
-import re
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +23,7 @@ from run_folder import write
 from torchvision.models.detection import FasterRCNN
 
 from balanced_group_softmax import GroupLayout
+from balanced_group_softmax.legacy.torch_files import load_torch
 
 FORMAT = "balanced-group-softmax torchvision example 1"
 State = dict[str, Any]
@@ -158,15 +155,7 @@ def read_state(path: str | os.PathLike[str]) -> State:
         ValueError: It is something else, or damaged.
     """
     # torchvision's training scripts keep their arguments beside the weights.
-    admitted = getattr(torch.serialization, "safe_globals", lambda classes: nullcontext())
-    try:
-        with admitted([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(error).split()))[:200]
-        raise ValueError(f"{path}: Expected a file of torch.save, got {reason}") from None
+    content = load_torch(Path(path), skip_records=True)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: Expected a dict, got {type(content).__name__}")
     return content

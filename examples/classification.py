@@ -17,6 +17,7 @@ mix, where rare classes hardly count, falls by about 1.
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +25,13 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from option_types import whole
 from softmax_classifier import SoftmaxClassifier
 from torch import Tensor, nn
 
 from balanced_group_softmax import BAGSHead, GroupLayout
+from balanced_group_softmax.cli_end import ended
+from balanced_group_softmax.cli_help import HelpFormatter
 from balanced_group_softmax.discriminant import DiscriminantHead, FeatureStatistics
 
 SIDE = 28  # pixels
@@ -217,16 +221,29 @@ def compare(
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each classifier")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--discriminant", action="store_true", help="BAGS with discriminant analysis as well"
+        "--seeds",
+        type=whole(0),
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="N",
+        help="seeds, each of a data set, a network and both trainings (default: 0 1 2)",
     )
-    options = parser.parse_args()
+    parser.add_argument(
+        "--epochs",
+        type=whole(1),
+        default=EPOCHS,
+        metavar="N",
+        help=f"times that each classifier sees the training set (default: {EPOCHS})",
+    )
+    parser.add_argument(
+        "--discriminant",
+        action="store_true",
+        help="compare BAGS with discriminant analysis of the features as well",
+    )
+    options = parser.parse_args(argv)
     kinds = ("softmax", "bags", *(["bags_discriminant"] if options.discriminant else []))
     counts = draw_counts()
     print(f"{CLASSES} classes, {sum(counts)} training images, {CLASSES * TEST_IMAGES} for testing")
@@ -245,7 +262,8 @@ def main() -> None:
             cells = [f"{value:{sign}.1f}" for value in values.values()]
             print("| " + " | ".join([str(seed), name, *cells]) + " |", flush=True)
     print(f"\n{time.perf_counter() - began:.0f} s")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

@@ -1,4 +1,4 @@
-"""Compare the methods of long-tailed detection on one data set, each beside an equal control.
+r"""Compare the methods of long-tailed detection on one data set, each beside an equal control.
 
     python examples/compare_methods.py --seeds 0 1 2 --output runs/comparison
 
@@ -13,12 +13,19 @@ makes of as many steps, since a detector that is trained on gets better by itsel
 As in the paper, finetune tail takes 10 steps where its control takes 12. Where a recipe has epochs
 and no steps, repeat factors lengthen an epoch, and that of finetune tail has few images.
 
-`--methods` takes names, of which `--help` has a list, or `paper` (the rows of the paper's table),
-`newer`, `improved`, `ablations`, `all`. All other options are those of torchvision_lvis_train.py,
-such as `--config`, `--annotations` and `--images`; without them the data set of the demo is drawn
-anew for each seed. The same command goes on where it was stopped; methods and seeds can be added.
-A method that fails, such as finetune tail where nothing is rare, is left out of the table, and the
-status is 2 in the end.
+`--methods` takes the names below, and `paper` (the rows of the paper's table), `newer`, `improved`,
+`ablations`, `all`. All other options are those of torchvision_lvis_train.py, whose `--help` has
+them, such as `--config`, `--annotations` and `--images`; without these the data set of the demo is
+drawn anew for each seed:
+
+    python examples/compare_methods.py --methods bags seesaw --output runs/own \
+        --config examples/configs/faster_rcnn_r50.toml \
+        --annotations train.json --images train/ \
+        --val-annotations val.json --val-images val/
+
+The same command goes on where it was stopped; methods and seeds can be added. A method that fails,
+such as finetune tail where nothing is rare, is left out of the table, and the status is 2 in the
+end.
 
 In the folder: `table.md`, `comparison.png`, `results.json`, and a run folder for each method.
 """
@@ -41,13 +48,24 @@ import torchvision_lvis_train
 from lvis_demo_data import write_demo_data
 from lvis_evaluation import Metrics
 from methods import METHODS
+from option_types import whole
 from recipe import recipes_of
 from run_data import named_files
 from run_folder import write_json, write_text
-from torchvision_lvis_train import FAILED
 from tqdm import tqdm
 from training_arguments import DEMO, check_arguments, options_for, parse_arguments
 
+from balanced_group_softmax.cli_end import FAILED, INTERRUPTED, ended, line_of
+from balanced_group_softmax.cli_help import HelpFormatter
+
+STATUS = """\
+exit status:
+  0    done
+  2    wrong usage, or an input or output that is not what it should be, or
+       methods that failed; standard error says in a line what was wrong
+  130  interrupted by Ctrl-C, 143 asked to end by SIGTERM; the same command
+       goes on
+"""
 OURS = (
     "--seed", "--output", "--resume", "--checkpoint", "--stage", "--method", "--cache-features"
 )  # fmt: skip
@@ -152,14 +170,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = chosen(args.methods, shared)
         device = distributed.local_device(parse_arguments(shared, None).device)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {line_of(error)}", file=sys.stderr)
         return FAILED
     with distributed.process_group(device):
         try:
             distributed.first_does(lambda: open_folder(args.output, shared))
             return compare(args.output, args.seeds, names, shared)
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on", file=sys.stderr)
+            return INTERRUPTED
         except (OSError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {line_of(error)}", file=sys.stderr)
             return FAILED
         except distributed.FailedElsewhere:
             return FAILED
@@ -240,7 +261,10 @@ def open_folder(folder: Path, shared: Sequence[str]) -> None:
     """
     about = folder / "options.json"
     if about.exists():
-        before = json.loads(about.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(about.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{about}: Expected JSON, got {error}") from None
         if before != list(shared):
             raise ValueError(
                 f"{folder}: Expected the options that it was begun with, {' '.join(before) or '-'},"
@@ -324,10 +348,13 @@ def spread(values: Sequence[float | None], sign: str = "") -> str:
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    lines = "\n".join(f"  {name:26}{entry.title}" for name, entry in ENTRIES.items())
     parser = argparse.ArgumentParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="methods:\n" + "\n".join(f"  {n:26}{e.title}" for n, e in ENTRIES.items()),
+        formatter_class=HelpFormatter,
+        usage="%(prog)s --output DIR [--methods NAME ...] [--seeds N ...]\n"
+        "           [option of torchvision_lvis_train.py ...]",
+        epilog=f"methods:\n{lines}\n\n{STATUS}",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -336,10 +363,24 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         default=["paper", "newer", "improved"],
         choices=[*SETS, *ENTRIES],
         metavar="NAME",
-        help="names or sets (default: paper newer improved)",
+        help="methods to compare, by name or set, and what they are held against "
+        "(default: paper newer improved)",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new, or begun")
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=whole(0),
+        default=[0],
+        metavar="N",
+        help="seeds, with each of which all methods are trained (default: 0)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the comparison: new, empty, or one to go on with (required)",
+    )
     return parser.parse_known_args(argv)
 
 
@@ -366,4 +407,4 @@ def check_options(shared: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

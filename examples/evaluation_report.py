@@ -20,6 +20,7 @@ from results_files import check_suffix, read_results
 from run_folder import write_json
 
 from balanced_group_softmax import GroupLayout, category_counts
+from balanced_group_softmax.cli_outputs import check_output
 from balanced_group_softmax.counts import Source, category_ids
 
 HEADER = (
@@ -99,7 +100,8 @@ def report(
     if isinstance(results, Path):
         check_file(results)
     if out is not None:
-        check_output(out)
+        inputs = (results, annotations)
+        check_output(out, [Path(path) for path in inputs if isinstance(path, str | Path)])
     methods = usable_methods(method)
     truth = read_ground_truth(
         annotations,
@@ -213,15 +215,6 @@ def check_file(path: Path) -> None:
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing there"
         raise FileNotFoundError(f"{path}: Expected a file of results, found {found}")
-
-
-def check_output(path: Path) -> None:
-    """Check that a file can be written, before evaluation takes its time."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"{path}: Expected the name of a file in a folder that exists, got "
-            + ("a folder" if path.is_dir() else f"no folder {str(path.parent)!r}")
-        )
 
 
 def training_or_none(annotations: Source | None) -> Training | None:

@@ -32,7 +32,7 @@ import torch
 from checkpoints import fingerprint
 from detection_data import LVISDetection, collate
 from detectors import CLASSIFIER, PREDICTOR, place
-from loading import BROKEN, Replacing, leave_signals_to_main
+from loading import BROKEN, Replacing, ignore_signals
 from recipe import Recipe
 from run_folder import write_json
 from torch import Tensor, nn
@@ -324,7 +324,7 @@ def rois_of(
         ],
         collate_fn=collate,
         num_workers=num_workers,
-        worker_init_fn=leave_signals_to_main,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )
     bar = tqdm(

@@ -20,9 +20,7 @@ LABELS = {
 }
 COLOURS = {"softmax": "#8d99ae", "softmax_continued": "#5b6b8c", "bags": "#e07a2f"}
 INK = "#2b2d42"
-PICTURE = 3.3
-"""Inches of an image with boxes."""
-LABEL_SIZE = 6.5
+LETTER = 0.016  # width of a letter of a label, as a part of a picture of detections
 TABLE = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR")
 
 
@@ -102,12 +100,18 @@ def plot_weight_norms(
     instances.set_yscale("log")
     instances.set_ylim(bottom=0.5)
     instances.set_ylabel("training instances (area)")
+    if max(counts) < 10**7:
+        instances.yaxis.set_major_formatter(lambda count, _: f"{count:,.0f}")
     place = np.empty(len(order))
     place[order] = ranks
     for method, values in norms.items():
         colour = COLOURS[method]
         size = 16 if len(order) <= 200 else 3
-        axes.scatter(place, values, s=size, color=colour, alpha=0.75, label=LABELS[method])
+        # Told apart by shape as well: in grey the colours are one.
+        marker = "o" if method == "bags" else "s"
+        axes.scatter(
+            place, values, s=size, marker=marker, color=colour, alpha=0.75, label=LABELS[method]
+        )
         for members in groups:
             some = list(members)
             if some:
@@ -118,12 +122,13 @@ def plot_weight_norms(
     axes.patch.set_visible(False)
     axes.set_xlim(0.5, len(order) + 0.5)
     axes.set_xlabel("categories, the most frequent first")
-    axes.set_ylabel("norm of the classifier's weights")
+    axes.set_ylabel("L2 norm of the classifier's weights")
+    axes.plot([], [], color=INK, linewidth=2.2, label="mean of a count group")
     tidy(axes)
     for side in ("top", "left"):
         instances.spines[side].set_visible(False)
     instances.tick_params(length=0)
-    axes.legend(frameon=False, ncols=len(norms), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(frameon=False, ncols=len(norms) + 1, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
@@ -187,10 +192,8 @@ def plot_detections(
 
 def _draw_box(axes: Axes, box: list[float], text: str, rare: bool, right: bool = True) -> None:
     x1, y1, x2, y2 = box
-    left, right_edge = axes.get_xlim()
-    bottom = axes.get_ylim()[0]
-    # A character is about 0.6 of the font's size wide, and a picture `PICTURE` inches.
-    width = len(text) * 0.6 * LABEL_SIZE / (72 * PICTURE) * (right_edge - left)
+    bottom, right_edge = axes.get_ylim()[0], axes.get_xlim()[1]
+    from_right = x1 > right_edge / 2 and x1 + LETTER * len(text) * right_edge > right_edge
     colour = COLOURS["bags"] if rare else "#ffffff"
     axes.add_patch(
         Rectangle(
@@ -204,12 +207,13 @@ def _draw_box(axes: Axes, box: list[float], text: str, rare: bool, right: bool =
         )
     )
     axes.text(
-        max(min(x1, right_edge - width), left),  # inside the picture
-        min(y2 + 0.5, bottom - 7) if right else max(y1 - 1.5, 7),
+        min(x2, right_edge) if from_right else x1,
+        min(y2 + 0.5, bottom - 7) if right else max(y1 - 1.5, 7),  # inside the picture
         text,
         fontsize=LABEL_SIZE,
         color=INK,
         verticalalignment="top" if right else "bottom",
+        horizontalalignment="right" if from_right else "left",
         clip_on=True,
         bbox={"facecolor": colour, "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
     )

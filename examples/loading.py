@@ -97,10 +97,10 @@ def repeat_factors(dataset: LVISDetection, threshold: float) -> Tensor:
     return image_repeat_factors(labels, factors)
 
 
-def leave_signals_to_main(worker: int) -> None:
-    """Let the main process alone save and end when all processes are asked to."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches all of them
+def ignore_signals(worker: int) -> None:
+    """Leave it to the main process, which saves, when all processes are asked to end."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class TrainingBatches:
@@ -123,7 +123,7 @@ class TrainingBatches:
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=num_workers,
-            worker_init_fn=leave_signals_to_main,
+            worker_init_fn=ignore_signals,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),
@@ -159,5 +159,5 @@ def evaluation_loader(
         batch_sampler=[list(batch) for batch in batches],
         collate_fn=collate,
         num_workers=num_workers,
-        worker_init_fn=leave_signals_to_main,
+        worker_init_fn=ignore_signals,
     )

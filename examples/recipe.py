@@ -64,10 +64,13 @@ class Recipe:
 
     # The detector.
     detector: Literal["faster_rcnn", "mask_rcnn"] = option("faster_rcnn", "kind of detector")
-    backbone: str = option("resnet50", "small, or a ResNet of torchvision such as resnext101_64x4d")
+    backbone: str = option(
+        "resnet50", "small (the demo's), or a ResNet of torchvision such as resnext101_64x4d"
+    )
     weights: Literal["none", "imagenet", "coco"] = option(
         "none",
-        "that stage one starts from, downloaded by torchvision: of the backbone, or of a detector; "
+        "weights that stage one starts from, downloaded by torchvision: of the backbone "
+        "(imagenet), or of a whole detector (coco); "
         "stage two starts from stage one",
     )
     norm: Literal["frozen", "batch"] = option(
@@ -80,16 +83,21 @@ class Recipe:
         most=5,
     )
     box_regression: Literal["category", "shared"] = option(
-        "category", "deltas for each category, or for all the same"
+        "category", "box deltas for each category, or the same ones for all (shared)"
     )
-    rois_per_image: int = option(512, "that the box head trains on", least=1)
-    foreground_share: float = option(0.25, "of these at most", above=0, most=1)
+    rois_per_image: int = option(512, "RoIs of an image that the box head trains on", least=1)
+    foreground_share: float = option(
+        0.25, "share of foreground among these RoIs, at most", above=0, most=1
+    )
 
     # Images.
     short_sides: tuple[int, ...] = option(
-        (800,), "pixels; training draws one of them, evaluation takes the last", least=32
+        (800,),
+        "shorter side of an image, in pixels; training draws one of these, evaluation takes the "
+        "last",
+        least=32,
     )
-    long_side: int = option(1333, "pixels, at most", least=32)
+    long_side: int = option(1333, "longer side of an image at most, in pixels", least=32)
     flip: float = option(0.5, "probability of a horizontal flip", least=0, most=1)
 
     # Stage two.
@@ -97,7 +105,9 @@ class Recipe:
         "classifier", "stage two only: which part trains; stage one trains the whole detector"
     )
     others_ratio: float = option(
-        8.0, "stage two only, with BAGS: others for each foreground RoI of a group", least=0
+        8.0,
+        "stage two only, with BAGS: others that count for each foreground RoI of a group",
+        least=0,
     )
     category_weights: Literal["none", "inverse_frequency", "class_balanced"] = option(
         "none", "stage two only, with BAGS: weights of categories within their group"
@@ -119,30 +129,45 @@ class Recipe:
     )
 
     # Steps.
-    batch_size: int = option(2, "images of a process and a batch", least=1)
-    accumulate: int = option(1, "batches of a step", least=1)
+    batch_size: int = option(2, "images of a batch, in each process", least=1)
+    accumulate: int = option(1, "batches whose gradients make one step", least=1)
     epochs: float = option(12.0, "times through the training images", above=0)
-    steps: int = option(0, "steps in place of epochs, if not 0", least=0)
-    optimizer: Literal["sgd", "adamw"] = option("sgd", "how weights move")
+    steps: int = option(0, "steps of the optimizer in place of epochs; 0: epochs decide", least=0)
+    optimizer: Literal["sgd", "adamw"] = option("sgd", "how gradients move the weights")
     learning_rate: float = option(
         0.02,
-        "for 16 images a step; scaled to what there are. In stage two the default is 0.01",
+        "learning rate for 16 images a step; scaled to what there are. In stage two the default is "
+        "0.01",
         above=0,
     )
-    scale_learning_rate: bool = option(True, "scale it to the images of a step")
-    momentum: float = option(0.9, "of SGD", least=0, most=1)
-    weight_decay: float = option(1e-4, "of every weight", least=0)
-    schedule: Literal["step", "cosine"] = option("step", "how the learning rate falls")
-    milestones: tuple[float, ...] = option(
-        (8 / 12, 11 / 12), "parts of training after which it falls to a tenth", above=0, most=1
+    scale_learning_rate: bool = option(True, "scale the learning rate to the images of a step")
+    momentum: float = option(0.9, "momentum of SGD", least=0, most=1)
+    weight_decay: float = option(1e-4, "weight decay, of every weight that trains", least=0)
+    schedule: Literal["step", "cosine"] = option(
+        "step", "how the learning rate falls: at `milestones`, or along a cosine"
     )
-    warmup_steps: int = option(500, "until the learning rate is whole", least=0)
-    warmup_start: float = option(1 / 3, "part of it that warm-up begins with", above=0, most=1)
-    max_gradient_norm: float = option(35.0, "gradients are clipped to it; 0: not", least=0)
+    milestones: tuple[float, ...] = option(
+        (8 / 12, 11 / 12),
+        "shares of training after which the learning rate falls to a tenth",
+        above=0,
+        most=1,
+    )
+    warmup_steps: int = option(500, "steps until the learning rate is whole", least=0)
+    warmup_start: float = option(
+        1 / 3, "share of the learning rate that warm-up begins with", above=0, most=1
+    )
+    max_gradient_norm: float = option(
+        35.0, "L2 norm that gradients are clipped to; 0: they are not", least=0
+    )
     ema: float = option(0.0, "decay of a running mean of the weights; 0: none", least=0, most=1)
-    sampler: Literal["shuffle", "repeat_factor"] = option("shuffle", "which images make an epoch")
+    sampler: Literal["shuffle", "repeat_factor"] = option(
+        "shuffle", "images of an epoch: each once, or those of rare categories several times"
+    )
     repeat_threshold: float = option(
-        1e-3, "share of images below which a category repeats", above=0, most=1
+        1e-3,
+        "with repeat_factor: share of images below which those of a category repeat",
+        above=0,
+        most=1,
     )
     aspect_groups: bool = option(True, "batches of either wide or tall images")
 
@@ -152,9 +177,16 @@ class Recipe:
     compile: bool = option(False, "torch.compile the backbone")
 
     # Detections.
-    score_threshold: float = option(0.0, "detections below are dropped", least=0, most=1)
-    nms_threshold: float = option(0.5, "IoU of detections of a category", least=0, most=1)
-    detections_per_image: int = option(300, "at most", least=1)
+    score_threshold: float = option(0.0, "score that a detection has to exceed", least=0, most=1)
+    nms_threshold: float = option(
+        0.5,
+        "IoU above which, of two detections of a category, the one of lower score is dropped",
+        least=0,
+        most=1,
+    )
+    detections_per_image: int = option(
+        300, "detections that are kept of an image, at most", least=1
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -347,8 +379,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Give a parser every option, for all stages and, unlisted, for one."""
     group = parser.add_argument_group(
         "recipe",
-        "for all stages; for one of them with its name, such as --bags.learning-rate. Defaults "
-        "are those of the configuration file, or these",
+        "Each option is for all stages, or with the name of a stage for that one, such as "
+        "--bags.learning-rate (softmax: stage one; bags: stage two, whatever its method). What "
+        "is not given is taken from the file of --config (without one, the demo's), or else is as "
+        "said here.",
     )
     for name, field in FIELDS.items():
         for stage in ("", *STAGES):
@@ -380,12 +414,18 @@ def _argument(name: str) -> dict[str, Any]:
         return {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "N"}
     if typing.get_args(kind):
         return {"choices": typing.get_args(kind)}
-    return {"type": kind, "metavar": kind.__name__.upper()}
+    return {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
 
 
 def _help(name: str, field: dataclasses.Field[Any]) -> str:
     default = field.default
-    shown = " ".join(f"{v:g}" for v in default) if isinstance(default, tuple) else str(default)
+    if isinstance(default, bool):
+        shown = "on" if default else "off"
+    elif isinstance(default, str):
+        shown = default
+    else:
+        values = default if isinstance(default, tuple) else (default,)
+        shown = " ".join(f"{value:.3g}" if value < 1 else f"{value:g}" for value in values)
     return f"{field.metadata['help']} (default: {shown})".replace("%", "%%")
 
 

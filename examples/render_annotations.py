@@ -1,6 +1,6 @@
 """Draw plain images from the masks of an LVIS or COCO annotation file.
 
-The pipelines can then be tried on real annotations without downloading any image:
+The programs can then be tried on real annotations without downloading any image:
 
     python examples/render_annotations.py lvis_v1_val.json --out rendered/
 
@@ -14,6 +14,7 @@ import colorsys
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,17 @@ from PIL import Image
 from run_folder import write
 from tqdm import tqdm
 
+from balanced_group_softmax.cli_end import FAILED, ended, line_of
+from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_outputs import check_folder
 from balanced_group_softmax.counts import Source, read_annotations
 
 Objects = dict[int, list[dict[str, Any]]]
 
+STATUS = """\
+exit status: 0 if done; 2 with a line on standard error if the annotations or the folder are not
+what they should be; 130 after Ctrl-C. No image is left half drawn.
+"""
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 
 
@@ -143,20 +151,33 @@ def object_mask(annotation: dict[str, Any], width: int, height: int) -> np.ndarr
     return inside.astype(np.uint8)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Draw plain images from the masks of an LVIS or COCO annotation file."
+        description=__doc__, epilog=STATUS, formatter_class=HelpFormatter
     )
-    parser.add_argument("annotations", type=Path, metavar="ANNOTATIONS", help="a JSON file")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for images")
-    args = parser.parse_args()
+    parser.add_argument(
+        "annotations",
+        type=Path,
+        metavar="ANNOTATIONS",
+        help="LVIS or COCO annotations (JSON), with images and annotations",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for the images, made if it is not there (required)",
+    )
+    args = parser.parse_args(argv)
     try:
+        check_folder(args.out)
         drawn = render(args.annotations, args.out, progress=True)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        print(f"error: {line_of(error)}", file=sys.stderr)
+        return FAILED
     print(f"Drew {drawn} images into {args.out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

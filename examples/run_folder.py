@@ -1,5 +1,6 @@
 """A folder for the results of one run: never another run's, and no half-written files."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -56,12 +57,18 @@ def partial_path(path: Path) -> Path:
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """Let `save` write a file under a temporary name, then move it to `path`."""
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device or pipe"
+        raise OSError(f"{path}: Expected a file to write, got a {kind}")
     partial = partial_path(path)
     try:
         save(partial)
         partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(partial):
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
 

@@ -1,8 +1,11 @@
 """Average runs of `torchvision_lvis_train.py` on the same categories, such as several seeds.
 
-    python examples/summarise_runs.py RUN RUN ... [--picture ap_per_group.png]
+    python examples/summarise_runs.py runs/seed0 runs/seed1 runs/seed2
+    python examples/summarise_runs.py runs/* --picture ap_per_group.png
 
-prints the table of their means, and what Balanced Group Softmax gains in each run.
+prints two tables: the means over the runs of AP and AR, of all three classifiers, and what Balanced
+Group Softmax gains over the two others, in the mean and in each run. The runs are of `--stage
+compare`, which is what the training script does if it is not told otherwise.
 """
 
 import argparse
@@ -17,7 +20,14 @@ from annotation_fields import is_number
 from lvis_evaluation import Metrics
 
 from balanced_group_softmax import GroupLayout
+from balanced_group_softmax.cli_end import FAILED, ended, line_of
+from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_outputs import check_outputs
 
+STATUS = """\
+exit status: 0 if done; 2 with a line on standard error if arguments, runs or the picture are not
+what they should be; 130 after Ctrl-C.
+"""
 GAINS = ("AP", "APr", "APc", "APf")
 
 
@@ -76,28 +86,40 @@ def gains(runs: Sequence[dict[str, Metrics]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=STATUS, formatter_class=HelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw AP per group here")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run folder; its metrics.json and layout.json are read",
+    )
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        metavar="PICTURE",
+        help="draw the means of AP by count group here, as .png, .svg or .pdf",
+    )
     args = parser.parse_args(argv)
     try:
+        check_outputs([], None, args.picture)
         layouts = [GroupLayout.load(run / "layout.json") for run in args.runs]
         if len(set(layouts)) > 1:
             raise ValueError("Expected runs with the same layout of groups, got different ones")
         names = layouts[0].names
         runs = [read_metrics(run / "metrics.json", names) for run in args.runs]
+        layout, means = layouts[0], mean_metrics(runs)
+        if args.picture is not None:
+            sizes = [len(members) for members in layout.groups]
+            figures.save(figures.plot_ap_per_group(means, layout.names, sizes), args.picture)
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    layout, means = layouts[0], mean_metrics(runs)
+        print(f"error: {line_of(error)}", file=sys.stderr)
+        return FAILED
     print(figures.make_table(means, layout.names))
     print(gains(runs))
-    if args.picture is not None:
-        sizes = [len(members) for members in layout.groups]
-        figures.save(figures.plot_ap_per_group(means, layout.names, sizes), args.picture)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

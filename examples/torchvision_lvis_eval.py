@@ -1,8 +1,9 @@
 r"""AP and AR of LVIS: of a trained detector, or of a file of detections without a model.
 
-    python examples/torchvision_lvis_eval.py runs/bags/bags.pt --eval bbox segm --out results.json
-    python examples/torchvision_lvis_eval.py results.json --annotations lvis_v1_val.json \
-        --train-annotations lvis_v1_train.json --eval bbox segm --metrics metrics.json
+    python examples/torchvision_lvis_eval.py runs/bags/bags.pt --out found.json
+    python examples/torchvision_lvis_eval.py results.json \
+        --annotations lvis_v1_val.json --train-annotations lvis_v1_train.json \
+        --eval bbox segm --metrics metrics.json
 
 A checkpoint is one of torchvision_lvis_train.py, evaluated on the images that its run had, or on
 others by --annotations and --images; torchrun spreads them over processes. A file of detections is
@@ -23,15 +24,28 @@ from typing import Any
 from evaluation_report import (
     Disagreement,
     Training,
-    check_output,
     report,
     training_or_none,
     usable_methods,
 )
 from lvis_evaluation import METHODS
-from results_files import check_suffix
+from option_types import whole
+from results_files import SUFFIXES, check_suffix
+
+from balanced_group_softmax.cli_end import FAILED, ended, line_of
+from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_outputs import check_output
 
 CHECKPOINTS = (".pt", ".pth")
+DIFFERENT = 1
+STATUS = """\
+exit status:
+  0    done
+  1    with --method both: the two differ by more than 1e-6
+  2    wrong usage, or an input or output that is not what it should be;
+       standard error says in a line what was wrong, and no file is left
+  130  interrupted by Ctrl-C
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,10 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             evaluate_checkpoint(args)
         else:
             judge(args, args.source, training_or_none(args.train_annotations))
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, ImportError, MemoryError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {text}", file=sys.stderr)
-        return 1 if isinstance(error, Disagreement) else 2
+        print(f"error: {line_of(error)}", file=sys.stderr)
+        return DIFFERENT if isinstance(error, Disagreement) else FAILED
     return 0
 
 
@@ -125,6 +140,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         ImportError: What the method needs is not installed.
     """
     is_checkpoint = args.source.suffix in CHECKPOINTS
+    if args.source.suffix not in (*CHECKPOINTS, *SUFFIXES):
+        raise ValueError(
+            f"{args.source}: Expected a checkpoint ({', '.join(CHECKPOINTS)}) or detections "
+            f"({', '.join(SUFFIXES)})"
+        )
     if not is_checkpoint and args.annotations is None:
         raise ValueError(f"Expected `--annotations` with the detections {args.source}, got none")
     if is_checkpoint and (args.annotations is None) != (args.images is None):
@@ -132,29 +152,35 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("images", "out"):
         if not is_checkpoint and getattr(args, name) is not None:
             raise ValueError(f"Expected `--{name}` with a checkpoint only, got {args.source}")
+    inputs = (args.source, args.annotations, args.train_annotations)
     for path in (args.out, args.metrics):
         if path is not None:
-            check_output(path)
+            check_output(path, [Path(read) for read in inputs if read is not None])
     if is_checkpoint:
         usable_methods(args.method)
         if args.out is not None:
             check_suffix(args.out)
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"Expected 1 or more, got {text}")
-    return int(text)
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=STATUS, formatter_class=HelpFormatter
     )
     add: Any = parser.add_argument
     add("source", metavar="SOURCE", type=Path, help="checkpoint (.pt), or detections (.json, .pkl)")
-    add("--annotations", metavar="JSON", help="LVIS (v0.5, v1) or COCO annotations")
-    add("--eval", nargs="+", choices=("bbox", "segm"), default=["bbox"], help="default: bbox")
+    add(
+        "--annotations",
+        metavar="JSON",
+        help="LVIS (v0.5, v1) or COCO annotations to judge by; of detections required, of a "
+        "checkpoint with --images (default: those of its run)",
+    )
+    add(
+        "--eval",
+        nargs="+",
+        choices=("bbox", "segm"),
+        default=["bbox"],
+        help="what to judge: boxes, masks, or both (default: bbox)",
+    )
     add(
         "--method",
         choices=(*METHODS, "both"),
@@ -166,10 +192,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--no-progress", action="store_true", help="show no bars")
     add = parser.add_argument_group("of a checkpoint").add_argument
     add("--images", metavar="DIR", help="folder of the images, with --annotations")
-    add("--out", metavar="RESULTS", type=Path, help="keep the detections, .json or .pkl")
-    add("--batch-size", type=positive, help="images of a batch (default: that of training)")
-    add("--num-workers", type=int, default=0, help="processes that load images (default: 0)")
-    add("--device", help="such as cuda:1 or cpu (default: a GPU if there is one)")
+    add("--out", metavar="RESULTS", type=Path, help="keep the detections here, .json or .pkl")
+    add(
+        "--batch-size",
+        type=whole(1),
+        metavar="N",
+        help="images of a batch, in each process (default: as in training)",
+    )
+    add(
+        "--num-workers",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="processes that load images; 0: the main process does (default: 0)",
+    )
+    add(
+        "--device",
+        metavar="NAME",
+        help="what to run on, such as cuda:1 or cpu (default: a GPU if there is one)",
+    )
     add("--skip-broken", action="store_true", help="go past images that cannot be read")
     add = parser.add_argument_group("of a file of detections").add_argument
     add(
@@ -182,11 +223,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--legacy-widths",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="of a .pkl: width = x2 - x1 + 1, as mmdetection 1 has it; x2 - x1 without "
-        "(default: with)",
+        help="of a .pkl: a box is x2 - x1 + 1 wide, as in mmdetection 1; with "
+        "--no-legacy-widths it is x2 - x1 wide (default: --legacy-widths)",
     )
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

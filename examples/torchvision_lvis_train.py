@@ -13,11 +13,16 @@ and pictures go to a run folder. `--config` chooses another recipe, such as thos
 `--annotations` and `--images` an LVIS (v0.5, v1) or COCO data set of yours; `--stage` runs one
 training alone:
 
-    torchrun --nproc-per-node 8 examples/torchvision_lvis_train.py --stage softmax \
-        --config examples/configs/faster_rcnn_r50.toml --annotations lvis_v0.5_train.json \
-        --images coco/ --val-annotations lvis_v0.5_val.json --val-images coco/ --output runs/softmax
-    torchrun --nproc-per-node 8 examples/torchvision_lvis_train.py --stage bags \
-        --config examples/configs/faster_rcnn_r50.toml --checkpoint runs/softmax/softmax.pt ... \
+    torchrun --nproc-per-node 8 examples/torchvision_lvis_train.py \
+        --stage softmax --config examples/configs/faster_rcnn_r50.toml \
+        --annotations lvis_v0.5_train.json --images coco/ \
+        --val-annotations lvis_v0.5_val.json --val-images coco/ \
+        --output runs/softmax
+    torchrun --nproc-per-node 8 examples/torchvision_lvis_train.py \
+        --stage bags --checkpoint runs/softmax/softmax.pt \
+        --config examples/configs/faster_rcnn_r50.toml \
+        --annotations lvis_v0.5_train.json --images coco/ \
+        --val-annotations lvis_v0.5_val.json --val-images coco/ \
         --output runs/bags
 
 A run that was killed goes on with the same command and `--resume`.
@@ -40,7 +45,7 @@ from typing import Any
 import distributed
 import torch
 import torchvision
-from checkpoints import Checkpoint
+from checkpoints import Checkpoint, read_state
 from detection_data import ImageError
 from lvis_demo_data import seed_of, write_demo_data
 from lvis_evaluation import Metrics, check_installed
@@ -71,10 +76,9 @@ from training_arguments import (
     starts_from_softmax,
 )
 
+from balanced_group_softmax.cli_end import FAILED, INTERRUPTED, ended, line_of
+
 EFFECTIVE = "recipe.toml"
-FAILED = 2
-SIGNALLED = 128
-"""What a shell adds to a signal that ended a command: 130 is SIGINT (Ctrl-C), 143 SIGTERM."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,16 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder = Path(distributed.first_does(lambda: str(open_run_folder(args))))
             setting = prepare(args, folder, device)
             run(args, setting)
-        except Interrupted as asked:
+        except (Interrupted, KeyboardInterrupt) as error:
             if distributed.is_first():
-                print(
-                    f"Asked to end; go on with the same command and --resume --output {folder}",
-                    file=sys.stderr,
-                )
-            return SIGNALLED + asked.number
-        except KeyboardInterrupt:  # outside of the steps of a training, or twice
-            fail(RuntimeError("interrupted"), folder, begun=begun)
-            return SIGNALLED + signal.SIGINT
+                go_on = f"; go on with --resume --output {folder}" if folder else ""
+                print(f"\nAsked to end{go_on}", file=sys.stderr)
+            return error.status if isinstance(error, Interrupted) else INTERRUPTED
         except distributed.FailedElsewhere:
             return FAILED
         except RuntimeError as error:
@@ -123,6 +122,8 @@ def prepare(args: argparse.Namespace, folder: Path, device: torch.device) -> Set
             f"Expected `--config` with a detector of backbone {start.recipe.backbone}, got none: "
             "the default is the demo's, for small images"
         )
+    if args.checkpoint and start is None:
+        read_state(args.checkpoint)  # before data take their time
     files = named_files(args.annotations, args.images, args.val_annotations, args.val_images)
     if files is None:
         if start is not None and start.origin["seed"] != args.seed and distributed.is_first():
@@ -310,7 +311,7 @@ def summary(
 
 def fail(error: BaseException, folder: Path | None, *, begun: bool = False) -> int:
     """Tell the error in a line; remove the run folder, unless something is in it, or was before."""
-    text = " ".join(str(error).split())
+    text = line_of(error)
     if folder is not None and distributed.is_first():
         if not begun and [path.name for path in folder.iterdir()] == [EFFECTIVE]:
             (folder / EFFECTIVE).unlink()
@@ -330,4 +331,4 @@ def fail(error: BaseException, folder: Path | None, *, begun: bool = False) -> i
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -9,6 +9,7 @@ RoIs whatever else they draw.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -58,7 +59,12 @@ class Job:
 
 
 class Interrupted(Exception):
-    """The process was asked to end; a checkpoint was written."""
+    """The process was asked to end by a signal; a checkpoint was written."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+        """How a shell says that the signal ended a command."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -83,8 +89,7 @@ def train(job: Job, resume: State | None = None) -> None:
 
     Raises:
         FloatingPointError: A loss is not finite. What was saved last is from before.
-        Interrupted: By SIGTERM or SIGINT (Ctrl-C), after a checkpoint.
-        KeyboardInterrupt: By a second SIGINT.
+        Interrupted: By SIGTERM or Ctrl-C, after a checkpoint.
     """
     mean = None
     if job.recipe.ema:
@@ -134,9 +139,9 @@ def train(job: Job, resume: State | None = None) -> None:
             step += 1
             if step % look_every == 0 or step == job.steps:
                 watch.look(step)
-                if distributed.agree(asked.number is not None, job.device):
+                if distributed.agree(bool(asked), job.device):
                     save()
-                    raise Interrupted(asked.number or signal.SIGTERM)  # another process was
+                    raise Interrupted(asked[0] if asked else signal.SIGTERM)
             if step % job.save_every == 0 and step < job.steps:
                 save()
             if job.after_epoch is not None and place[0] > epoch and step < job.steps:
@@ -308,20 +313,28 @@ class Watch:
 
 
 @contextmanager
-def asked_to_end() -> Iterator[Asked]:
-    """Take note of SIGTERM and SIGINT (Ctrl-C) instead of ending at once."""
-    asked = Asked()
+def asked_to_end() -> Iterator[list[int]]:
+    """Take note of SIGTERM and Ctrl-C instead of ending at once; a second Ctrl-C does end it.
+
+    Yields:
+        The numbers of the signals that came.
+    """
+    asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = {
-        number: signal.signal(number, asked)
-        for number in (signal.SIGTERM, signal.SIGINT)
-        # A shell's background job ignores Ctrl-C, which is meant for another.
-        if signal.getsignal(number) is not signal.SIG_IGN
-    }
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+        # torchrun passes Ctrl-C on to processes that the terminal has told of it already.
+        if number == signal.SIGINT and distributed.world_size() == 1:
+            os.write(2, b"\nEnding after this step, with a checkpoint; Ctrl-C again: at once\n")
+            signal.signal(number, before[number])
+
+    before: dict[int, Any] = {number: signal.signal(number, note) for number in signals}
     try:
         yield asked
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in signals:
+            signal.signal(number, before[number])

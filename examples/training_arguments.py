@@ -9,8 +9,11 @@ from typing import Any
 
 from feature_cache import CacheOptions
 from methods import METHODS, options_of
+from option_types import whole
 from recipe import ARCHITECTURE, add_options, given_options, read_options, recipes_of
 from stages import BAGS, CONTINUED, SOFTMAX
+
+from balanced_group_softmax.cli_help import HelpFormatter
 
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 STAGES = {
@@ -21,24 +24,48 @@ STAGES = {
 }
 
 
+STATUS = """\
+exit status:
+  0    done
+  2    wrong usage, an input or output that is not what it should be, a full
+       disk, or a training that diverged; a line on standard error says which
+  130  interrupted by Ctrl-C, 143 asked to end by SIGTERM; during training both
+       save first, and --resume goes on from there
+Under torchrun the status is torchrun's own.
+"""
+
+
 def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--config TOML]\n           [--stage STAGE | --method NAME] [option ...]",
+        epilog=STATUS,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,  # who looks for an option among arguments knows its name
     )
     add = parser.add_argument
-    add("--config", type=Path, metavar="TOML", help="recipe (default: the demo's)")
+    add(
+        "--config",
+        type=Path,
+        metavar="TOML",
+        help="file of recipe options, see below and examples/configs/ (default: demo.toml there, "
+        "for small images)",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--stage", choices=STAGES, default="compare", help="what to train (default: compare)"
+        "--stage",
+        choices=STAGES,
+        default="compare",
+        help="what to train: a detector with plain softmax; from its --checkpoint the classifier, "
+        "with BAGS (bags) or with plain softmax for as long (continued); or one after the other "
+        "(compare) (default: compare)",
     )
     what.add_argument(
         "--method",
         choices=METHODS,
         metavar="NAME",
-        help="in place of a stage, one of the methods that BAGS is compared with: "
-        + ", ".join(METHODS),
+        help="in place of a stage, one of the methods that BAGS is compared with, which "
+        f"docs/methods.md explains: {', '.join(METHODS)}",
     )
     add(
         "--checkpoint",
@@ -48,34 +75,74 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
         "rfs) weights of any detector, of which is taken what fits; for all others the softmax.pt "
         "of stage softmax",
     )
-    add("--output", metavar="DIR", help="new or empty run folder (default: one under runs/)")
+    add(
+        "--output",
+        metavar="DIR",
+        help="run folder, new or empty (default: a new one under runs/, with seed and time)",
+    )
     add(
         "--resume",
         nargs="?",
         const="auto",
         choices=("auto",),
+        metavar="auto",
         help="go on in --output from the last checkpoint, or begin where there is none",
     )
-    add("--seed", type=whole(0), default=0, help="of the drawn data and of training (default: 0)")
+    add(
+        "--seed",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="seed of the drawn data and of training (default: 0)",
+    )
     data = parser.add_argument_group("your own data (default: the demo's)")
-    data.add_argument("--annotations", metavar="JSON", help="training annotations, LVIS or COCO")
+    data.add_argument(
+        "--annotations",
+        metavar="JSON",
+        help="training annotations, LVIS (v0.5, v1) or COCO; with --images",
+    )
     data.add_argument("--images", metavar="DIR", help="folder of the training images")
-    data.add_argument("--val-annotations", metavar="JSON", help="default: the training annotations")
-    data.add_argument("--val-images", metavar="DIR", help="folder of the validation images")
+    data.add_argument(
+        "--val-annotations",
+        metavar="JSON",
+        help="annotations to evaluate on, with --val-images (default: the training annotations)",
+    )
+    data.add_argument(
+        "--val-images",
+        metavar="DIR",
+        help="folder of the images to evaluate on (default: the training images)",
+    )
     data.add_argument(
         "--skip-broken", action="store_true", help="go past images that cannot be read; list them"
     )
     work = parser.add_argument_group("running")
     add = work.add_argument
-    add("--device", help="such as cuda:1 or cpu (default: a GPU if there is one)")
-    add("--num-workers", type=whole(0), default=0, help="processes that load images (default: 0)")
-    add("--save-every", type=whole(1), default=500, metavar="STEPS", help="default: 500")
+    add(
+        "--device",
+        metavar="NAME",
+        help="what to train on, such as cuda:1 or cpu (default: a GPU if there is one)",
+    )
+    add(
+        "--num-workers",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="processes that load images, of each process that trains; 0: it does so itself "
+        "(default: 0)",
+    )
+    add(
+        "--save-every",
+        type=whole(1),
+        default=500,
+        metavar="STEPS",
+        help="write a checkpoint, to --resume from, after so many steps (default: 500)",
+    )
     add(
         "--evaluate-every",
         type=whole(0),
         default=0,
         metavar="EPOCHS",
-        help="evaluate during training too (default: 0, at the end only)",
+        help="evaluate after so many epochs too; 0: at the end only (default: 0)",
     )
     add(
         "--cache-features",
@@ -88,18 +155,22 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
         type=whole(1),
         default=CacheOptions.rois,
         metavar="N",
-        help="RoIs of each image to store, from which each epoch draws those that train "
-        "(default: twice as many as train)",
+        help="with --cache-features: RoIs of each image to store, from which each epoch draws "
+        "those that train (default: twice as many as train)",
     )
     add(
         "--cache-passes",
         type=whole(1),
         default=CacheOptions.passes,
         metavar="N",
-        help="times that the detector runs over the images for it, each with other flips, which "
-        "epochs read in turn (default: 1)",
+        help="with --cache-features: times that the detector runs over the images, each with "
+        "other flips, which epochs read in turn (default: 1)",
     )
-    add("--tensorboard", action="store_true", help="log losses for TensorBoard")
+    add(
+        "--tensorboard",
+        action="store_true",
+        help="log losses for TensorBoard, in the run folder; needs the package tensorboard",
+    )
     add_options(parser)
     return parser.parse_args(argv)
 
@@ -165,14 +236,3 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
         for key, value in vars(args).items()
         if "." not in key and value is not None
     }
-
-
-def whole(least: int, most: int = 2**31) -> Any:
-    def parse(text: str) -> int:
-        value = int(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"Expected {least} to {most}, got {text}")
-        return value
-
-    parse.__name__ = "integer"  # argparse names it in its message
-    return parse

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from balanced_group_softmax import grouped_softmax_loss, grouped_softmax_scores
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import arguments as option_types  # noqa: E402
 import bench_detections  # noqa: E402
 import bench_loss  # noqa: E402
 import bench_scores  # noqa: E402
@@ -1049,6 +1051,34 @@ def test_every_part_of_every_run_can_be_parsed() -> None:
                     bench_scores.parse(bench_scores.common_parser("", bench_scores.ROWS), arguments)
                 else:
                     bench_detections.parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (option_types.whole, "0"),
+        (option_types.whole, "1.5"),
+        (option_types.seed, "-1"),
+        (option_types.share, "1.1"),
+        (option_types.share, "x"),
+        (option_types.output_file, "."),
+        (option_types.output_file, "pipe"),
+        (option_types.output_folder, "pipe"),
+        (option_types.counts_file, "none.json"),
+        (option_types.counts_file, "other.json"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_options_that_may_not_be(
+    kind: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")  # a device must not be replaced either
+    Path("other.json").write_text('{"categories": []}')
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^expected") as error:
+        kind(text)
+    assert "Errno" not in str(error.value)
+    assert Path("pipe").is_fifo()
 
 
 def test_the_gpu_tests_are_run_and_summed_up(

@@ -26,6 +26,14 @@ def test_counts_fall_as_in_lvis() -> None:
     assert (counts >= 1000).sum() >= 10
 
 
+@pytest.mark.parametrize("option", ["--epochs=0", "--seeds=-1", "--seeds=x"])
+def test_absurd_options_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        classification.main([option])
+    assert left.value.code == 2
+    assert f"argument {option.partition('=')[0]}: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("place", range(len(SEEDS)))
 def test_bags_gains_on_the_tail_and_loses_nothing_over_all(
     results: list[dict[str, dict[str, float]]], place: int

@@ -2,9 +2,13 @@
 
 import argparse
 import builtins
+import errno
 import json
 import os
+import pickle
+import runpy
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,9 @@ import pytest
 import torch
 from torch import nn
 
-from balanced_group_softmax import BAGSHead, GroupLayout
+from balanced_group_softmax import BAGSHead, GroupLayout, __version__, cli_figures
 from balanced_group_softmax.cli import main
+from balanced_group_softmax.cli_end import line_of
 from balanced_group_softmax.cli_tables import aligned, count_range, one_line
 
 COUNTS = [3, 2500, 40, 0, 600]
@@ -161,7 +166,7 @@ def test_absurd_thresholds_are_refused(
     ("content", "message"),
     [
         (None, "found nothing there"),
-        ("", "Expected JSON"),
+        ("", "got an empty file"),
         ("annotations", "Expected JSON"),
         ('{"categories": [{"id": 1', "truncated"),
         ("[]", "at least one"),
@@ -187,11 +192,84 @@ def test_outputs_are_checked_first(
 ) -> None:
     before = lvis.read_bytes()
     assert "another file" in fails(capsys, "groups", lvis, "--out", lvis)
+    lvis.with_name("link.json").symlink_to(lvis)
+    assert "another file" in fails(capsys, "groups", lvis, "--out", lvis.with_name("link.json"))
     assert "a folder to write in" in fails(capsys, "groups", lvis, "--out", tmp_path / "no" / "l")
     assert "got a folder" in fails(capsys, "groups", lvis, "--out", tmp_path)
     both = tmp_path / "a.png"
     assert "different files" in fails(capsys, "groups", lvis, "--out", both, "--plot", both)
     assert lvis.read_bytes() == before
+
+
+def test_options_are_checked_before_files_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = tmp_path / "large.json"  # would take minutes
+    assert "ascending" in fails(capsys, "groups", missing, "--thresholds", 9, 5)
+    assert "positive" in fails(
+        capsys, "export-legacy", missing, "--out", tmp_path / "o", "--thresholds", 0
+    )
+    assert "ends in one of" in fails(capsys, "groups", missing, "--plot", tmp_path / "a.xyz")
+    assert "found none at" in fails(capsys, "inspect", missing, "--plot", tmp_path / "no" / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+def test_devices_and_pipes_are_left_alone(
+    lvis: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = tmp_path / "pipe.png"  # as /dev/stdout may be one, or /dev/null
+    os.mkfifo(pipe)
+    for option in ("--out", "--plot"):
+        assert "got a device or pipe" in fails(capsys, "groups", lvis, option, pipe)
+    with pytest.raises(ValueError, match="device or pipe"):
+        LAYOUT.save(pipe)
+    assert pipe.is_fifo()
+    assert "got a device or pipe" in fails(capsys, "inspect", pipe)  # and does not wait for it
+    assert "got a device or pipe" in fails(capsys, "groups", pipe)
+
+
+def test_what_cannot_be_written_is_named(
+    lvis: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(source: object, target: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(source), None, str(target))
+
+    out, picture = tmp_path / "layout.json", tmp_path / "groups.png"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", refuse)
+        assert fails(capsys, "groups", lvis, "--out", out) == f"error: {out}: Permission denied\n"
+        said = fails(capsys, "groups", lvis, "--plot", picture)
+        assert said == f"error: {picture}: Permission denied\n"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: False)
+        assert "read-only" in fails(capsys, "groups", lvis, "--out", out)
+        assert "read-only" in fails(capsys, "export-legacy", lvis, "--out", tmp_path / "new")
+    assert list(tmp_path.iterdir()) == [lvis]
+
+
+def test_ctrl_c_leaves_nothing_half_written(
+    lvis: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from matplotlib.figure import Figure
+
+    def half(figure: Figure, path: Path, **how: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    picture = tmp_path / "groups.png"
+    picture.write_text("what was there")
+    assert main(["groups", str(lvis), "--plot", str(picture)]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert picture.read_text() == "what was there"
+    assert sorted(tmp_path.iterdir()) == [picture, lvis]
 
 
 def test_names_from_files_are_shown_safely(
@@ -379,13 +457,52 @@ def test_code_is_refused_and_not_run(
         assert not trap.exists()
 
 
+def test_converting_does_not_replace_what_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, folder = tmp_path / "original.pth", tmp_path / "files"
+    weights = {"bbox_head.fc_cls.weight": torch.ones(3, 4), "bbox_head.fc_cls.bias": torch.ones(3)}
+    torch.save({"state_dict": weights}, source)
+    arguments = ["convert-checkpoint", source, "--to", "mmdet", "--num-categories", 2]
+    before = source.read_bytes()
+    assert "another file" in fails(capsys, *arguments, "--out", source)
+    assert source.read_bytes() == before
+
+    rows = [{"id": i, "image_id": 1, "category_id": 1 + i // 3} for i in range(6)]
+    data = {"images": [{"id": 1}], "annotations": rows, "categories": [{"id": 1}, {"id": 2}]}
+    annotations = tmp_path / "train.json"
+    annotations.write_text(json.dumps(data))
+    assert main(["export-legacy", str(annotations), "--out", str(folder)]) == 0
+    table = folder / "label2binlabel.pt"
+    before = table.read_bytes()
+    assert "another file" in fails(capsys, "import-groups", folder, "--out", table)
+    assert "another file" in fails(capsys, *arguments, "--groups", folder, "--out", table)
+    assert table.read_bytes() == before
+    assert "got a file" in fails(capsys, "export-legacy", annotations, "--out", annotations)
+    (folder / "valsplit.pkl").unlink()
+    (folder / "valsplit.pkl").mkdir()
+    assert "got a folder" in fails(capsys, "export-legacy", annotations, "--out", folder)
+    assert main([*map(str, arguments), "--out", str(tmp_path / "softmax.pth")]) == 0
+
+
 def test_bad_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = saved(tmp_path, STATE)
     content = path.read_bytes()
-    for bad in (content[: len(content) // 2], b"", b"nonsense"):
+    for bad, message in (
+        (content[: len(content) // 2], "truncated"),
+        (b"", "an empty file"),
+        (b"\xff\xd8\xff\xe0", "one that starts b'\\xff\\xd8"),
+        (pickle.dumps({"model": list(range(99))}), "a plain pickle"),  # as detectron2 has them
+    ):
         path.write_bytes(bad)
-        assert "bags.pth" in fails(capsys, "inspect", path)
-    assert "none.pth" in fails(capsys, "inspect", tmp_path / "none.pth")
+        said = fails(capsys, "inspect", path)
+        assert said.startswith(f"error: {path}: ")
+        assert message in said
+        assert "http" not in said  # of torch's advice
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "something else")
+    assert "an archive of something else" in fails(capsys, "inspect", path)
+    assert "none.pth: expected" in fails(capsys, "inspect", tmp_path / "none.pth")
     assert "got a folder" in fails(capsys, "inspect", tmp_path)
 
 
@@ -435,6 +552,56 @@ def test_pictures_are_written(
     assert main(["inspect", str(path), "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(start)
     assert len(list(tmp_path.iterdir())) == 3  # no temporary file is left
+
+
+def labels_of(figure: Any) -> dict[str, Any]:
+    """What the legend of a picture says, and the colour beside it."""
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    texts = [text.get_text() for text in legend.get_texts()]
+    return dict(zip(texts, legend.legend_handles, strict=True))
+
+
+def test_a_range_of_counts_has_one_colour_whatever_else_there_is() -> None:
+    def colour(groups: list[cli_figures.CountGroup]) -> Any:
+        handles = labels_of(cli_figures.draw_counts(groups, (10, 100, 1000), "data"))
+        (found,) = (one for text, one in handles.items() if text.startswith("10 to 99"))
+        return found.get_facecolor()
+
+    middle = cli_figures.CountGroup("10 to 99", ["kite"], [40])
+    rare = cli_figures.CountGroup("0 to 9", ["newt", "yak"], [3, 0])
+    assert colour([middle]) == colour([rare, middle])
+
+
+def test_a_picture_of_counts_reads_well() -> None:
+    groups = [
+        cli_figures.CountGroup("0 to 9", ["yak", "newt"], [0, 3]),
+        cli_figures.CountGroup("1000 and more", ["a name that is rather long"], [4 * 10**6]),
+    ]
+    figure = cli_figures.draw_counts(groups, (10, 100, 1000), "data.json")
+    assert figure.get_suptitle() == "data.json: 3 categories, 4,000,003 training instances"
+    assert list(labels_of(figure)) == [
+        "1000 and more: 1 category, more than 99% of instances",
+        "0 to 9: 2 categories, less than 0.01% of instances",
+        "never seen: 1 category",
+        "boundaries between groups",
+    ]
+    (axes,) = figure.axes
+    assert axes.yaxis.get_major_formatter()(1000, None) == "1,000"
+    assert axes.get_ylim()[1] > 2 * 4 * 10**6
+    assert axes.get_xticklabels()[0].get_rotation() == 0
+    many = [cli_figures.CountGroup("0 to 9", ["a name that is rather long"] * 8, [3] * 8)]
+    (axes,) = cli_figures.draw_counts(many, (10,), "data").axes
+    assert axes.get_xticklabels()[0].get_rotation() == 90
+    assert labels_of(axes.figure)["0 to 9: 8 categories, 100% of instances"]
+
+
+def test_a_picture_of_norms_has_room_for_all_that_is_in_it() -> None:
+    group = cli_figures.NormGroup("10 to 99", np.array([0.03, np.nan]), 0.05)
+    (axes,) = cli_figures.draw_norms([("head", [group])], "bags.pth").axes
+    bottom, top = axes.get_ylim()
+    assert bottom == 0
+    assert 0.055 < top < 0.07
 
 
 def test_what_cannot_be_drawn_is_refused(
@@ -508,6 +675,57 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as left:
             main(arguments)
         assert left.value.code == 2
+
+
+def test_the_package_runs_as_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["balanced_group_softmax", "--version"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_module("balanced_group_softmax", run_name="__main__")
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_nobody_reads_what_is_printed(
+    lvis: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    buffered: bool,
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", buffering=-1 if buffered else 1) as out:  # `groups ... | head -0`
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["groups", str(lvis)]) == 141
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="has no /dev/full")
+def test_what_is_printed_cannot_be_written(
+    lvis: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open("/dev/full", "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        said = fails(capsys, "groups", lvis)
+        monkeypatch.undo()
+    assert said == "error: standard output: No space left on device\n"
+
+
+def test_standard_output_is_closed(lvis: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = lvis.with_name("layout.json")
+    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `>&-`
+    assert main(["groups", str(lvis), "--out", str(out)]) == 0
+    assert GroupLayout.load(out).num_categories == len(COUNTS)
+
+
+def test_errors_as_one_line() -> None:
+    assert line_of(FileNotFoundError(2, "No such file", "a.json")) == "a.json: No such file"
+    assert line_of(OSError(28, "No space left on device")) == "No space left on device"
+    assert line_of(OSError("a.pth: could not\nbe written")) == "a.pth: could not be written"
+    assert line_of(MemoryError()) == "MemoryError"
 
 
 def test_letters_that_the_terminal_lacks(lvis: Path, monkeypatch: pytest.MonkeyPatch) -> None:

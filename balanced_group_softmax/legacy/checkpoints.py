@@ -11,7 +11,6 @@ remains are the places of anchors, how RoIs are read, and how boxes are clipped:
 
 import os
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from balanced_group_softmax._arguments import as_int, shown
+from balanced_group_softmax._files import written_whole
 from balanced_group_softmax.layout import GroupLayout
 from balanced_group_softmax.legacy.torch_files import is_plain, load_torch
 
@@ -188,16 +188,11 @@ def convert_checkpoint(
     if target == "mmdet":
         dataset = {"classes": names} if names else {}
         written = {"meta": {"dataset_meta": dataset}, "state_dict": converted}
-    partial = out.with_name(f".{out.name}.{secrets.token_hex(8)}")
     try:
-        with partial.open("wb") as file:
+        with written_whole(out) as partial, partial.open("wb") as file:
             torch.save(written, file)
-        os.replace(partial, out)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # what torch makes of a full disk
-            raise OSError(f"{out}: could not be written: {error}") from error
-        raise
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(f"{out}: could not be written: {error}") from error
     return len(converted)
 
 

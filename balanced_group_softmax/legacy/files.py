@@ -16,7 +16,6 @@ The first is what a layout needs; the others may be absent and are checked where
 import io
 import os
 import pickle
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from balanced_group_softmax._arguments import as_int_array, shown
+from balanced_group_softmax._files import written_whole
 from balanced_group_softmax.counts import Source, category_counts, read_annotations
 from balanced_group_softmax.layout import GroupLayout
 from balanced_group_softmax.legacy import safe_pickle
@@ -328,10 +328,5 @@ def _pickle_bytes(value: Any) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
+    with written_whole(path) as partial:
         partial.write_bytes(content)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -13,6 +13,9 @@ from torch import Tensor
 
 __all__ = ["is_plain", "load_torch"]
 
+_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
+"""What the older of the two formats of torch.save begins with, after the pickle's protocol."""
+
 
 def load_torch(path: Path, *, skip_records: bool = False) -> Any:
     """Read a file of `torch.save`, tensors on the CPU.
@@ -28,17 +31,23 @@ def load_torch(path: Path, *, skip_records: bool = False) -> Any:
         ValueError: it is not such a file, is truncated, holds more than tensors, numbers, text and
             containers, or would take far more memory than its own size; nothing of it is run.
     """
-    if path.is_dir():
-        raise ValueError(f"{path}: expected a file of torch.save, got a folder")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a file of torch.save, found nothing there")
+    if not path.is_file():
+        kind = "folder" if path.is_dir() else "device or pipe"
+        raise ValueError(f"{path}: expected a file of torch.save, got a {kind}")
     # torch before 2.6 could be made to run code from its oldest format, a tar archive, even so.
     # Nothing that this package reads was ever saved in it.
     with path.open("rb") as file:
         head = file.read(512)
     if head[257:262] == b"ustar" or (head and tarfile.is_tarfile(path)):
         raise ValueError(f"{path}: expected a file of torch.save, got a tar archive")
+    is_zip = head[:4] == b"PK\x03\x04"
+    if not is_zip and _MAGIC not in head[:32] and not (head[:1] == b"\x80" and len(head) < 32):
+        raise ValueError(f"{path}: expected a file of torch.save, got {_kind(head)}")
     try:
-        if head[:4] == b"PK\x03\x04":
-            _check_stored(path)
+        if is_zip:
+            _check_archive(path)
         _check_names(path)
         with _stand_ins() if skip_records else nullcontext():
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -100,11 +109,23 @@ class _Refused(ValueError):
     """What torch would read, and this module does not."""
 
 
-def _check_stored(path: Path) -> None:
+def _kind(head: bytes) -> str:
+    """What a file is that torch.save did not write, by its beginning."""
+    if not head:
+        return "an empty file, perhaps a truncated one"
+    if head[:1] == b"\x80":
+        return "a plain pickle"
+    return f"one that starts {head[:16]!r}"
+
+
+def _check_archive(path: Path) -> None:
     # torch.save compresses nothing, and a few compressed bytes may stand for gigabytes.
     with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise _Refused(f"{path}: expected a file of torch.save, got a compressed archive")
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise _Refused(f"{path}: expected a file of torch.save, got a compressed archive")
+    if not any(entry.filename.endswith("data.pkl") for entry in entries):
+        raise _Refused(f"{path}: expected a file of torch.save, got an archive of something else")
 
 
 def _check_names(path: Path) -> None:

@@ -1,8 +1,11 @@
-"""Draw docs/images/layout.png: the method on one picture, with the groups of LVIS v1.
+"""Draw the method on one picture, with the groups of LVIS v1: docs/images/layout.png.
 
 python docs/tools/draw_layout.py
 """
 
+import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -10,13 +13,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from balanced_group_softmax import GroupLayout
+from balanced_group_softmax.cli_end import FAILED, ended, line_of
+from balanced_group_softmax.cli_figures import colours, save
+from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_outputs import check_outputs
 
 OUT = Path(__file__).parents[1] / "images" / "layout.png"
 # How many categories of LVIS v1 have fewer than 10, 100, 1000 training instances, and more.
 SIZES = {5: 200, 50: 412, 500: 334, 5000: 257}
-COLOURS = ("#5b6b8c", "#c8553d", "#e07a2f", "#e9b44c", "#6a994e")
+COLOURS = ("#5b6b8c", *colours(4))  # of the groups, as `balanced-group-softmax groups` has them
 OTHERS_WIDTH = 6.5
-OTHERS, INK, FAINT = "#d9dce3", "#2b2d42", "#8d99ae"
+OTHERS, INK, FAINT = "#d9dce3", "#2b2d42", "#5f6b80"
 TITLES = {
     "bg_fg": "background or\nforeground",
     "0_10": "0 to 9\ninstances",
@@ -26,8 +33,29 @@ TITLES = {
 }
 
 
-def main() -> None:
-    """Draw and save the picture."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw and save the picture; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=OUT,
+        metavar="PICTURE",
+        help="draw it here (default: docs/images/layout.png)",
+    )
+    out = parser.parse_args(argv).out
+    try:
+        check_outputs([], None, out)
+        save(draw(), out, dpi=110)
+    except (OSError, ValueError) as error:
+        print(f"error: {line_of(error)}", file=sys.stderr)
+        return FAILED
+    print(f"wrote {out}")
+    return 0
+
+
+def draw() -> Figure:
+    """Draw the picture."""
     counts = [count for count, size in SIZES.items() for _ in range(size)]
     layout = GroupLayout.from_counts(counts)
     figure = Figure(figsize=(11, 7.6), layout="constrained")
@@ -35,9 +63,7 @@ def main() -> None:
     spans = draw_columns(top, layout)
     draw_labels(middle, layout, spans)
     draw_scores(bottom, layout, spans)
-    OUT.parent.mkdir(exist_ok=True)
-    figure.savefig(OUT, dpi=110, facecolor="white")
-    print(f"{OUT}: {layout}")
+    return figure
 
 
 def prepare(axes: Axes, title: str, height: float) -> None:
@@ -50,7 +76,7 @@ def prepare(axes: Axes, title: str, height: float) -> None:
 def cell(axes: Axes, x: float, y: float, width: float, colour: str, text: str) -> None:
     """Draw a box with text in it."""
     axes.add_patch(Rectangle((x, y), width, 1, facecolor=colour, edgecolor="white", lw=1.5))
-    dark = colour in (OTHERS, COLOURS[3], "white")
+    is_light = colour in (OTHERS, COLOURS[2], COLOURS[3])
     axes.text(
         x + width / 2,
         y + 0.48,
@@ -58,7 +84,7 @@ def cell(axes: Axes, x: float, y: float, width: float, colour: str, text: str) -
         ha="center",
         va="center",
         fontsize=8.5,
-        color=INK if dark else "white",
+        color=INK if is_light else "white",
     )
 
 
@@ -88,9 +114,7 @@ def draw_columns(axes: Axes, layout: GroupLayout) -> list[tuple[float, float]]:
                 f"{size - 1} categories",
             )
         centre = x + width / 2
-        axes.text(
-            centre, 2.65, TITLES[name], ha="center", va="bottom", fontsize=9.5, color=COLOURS[group]
-        )
+        axes.text(centre, 2.65, TITLES[name], ha="center", va="bottom", fontsize=9.5, color=INK)
         axes.text(
             centre,
             0.95,
@@ -216,4 +240,4 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colo
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

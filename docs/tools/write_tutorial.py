@@ -8,18 +8,24 @@ Text cells and code cells become the page as they are, but for links, which are 
 folder of the notebook. After each code cell come what it printed and the picture that it made.
 """
 
+import argparse
 import ast
 import io
 import os
 import re
+import sys
 import tempfile
 from base64 import b64decode
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jupytext
 from nbclient import NotebookClient
 from PIL import Image
+
+from balanced_group_softmax.cli_end import ended
+from balanced_group_softmax.cli_help import HelpFormatter
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "examples" / "tutorial.py"
@@ -31,8 +37,10 @@ COLOURS = 64  # enough for charts, and for photographs of this kind
 MAX_BYTES = 80_000
 
 
-def main() -> None:
-    """Run the notebook and write the page and its pictures."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the notebook and write the page and its pictures; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.parse_args(argv)
     notebook = read()
     execute(notebook)
     parts = [HEADER]
@@ -54,6 +62,7 @@ def main() -> None:
         print(f"{IMAGES / name}: {len(content)} bytes")
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     print(PAGE)
+    return 0
 
 
 def read() -> Any:
@@ -131,4 +140,4 @@ def compressed(picture: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended(main))

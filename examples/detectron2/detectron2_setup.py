@@ -1,14 +1,68 @@
-"""What both training entries share: data sets of one's own, and the log."""
+"""What both training entries share: how they start, data sets of one's own, and the log."""
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import default_argument_parser, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
+
+from balanced_group_softmax.cli_end import FAILED, line_of
+from balanced_group_softmax.cli_help import HelpFormatter
+
+STATUS = """\
+exit status: 0 if done; 2 if a file, an option or the config is not what it should be, with a line
+on standard error; 130 after Ctrl-C.
+"""
+
+
+def run(main: Callable[[argparse.Namespace], Any], description: str | None) -> int:
+    """Read detectron2's usual options, and run an entry in as many processes as they ask for.
+
+    Args:
+        main: Called with the options in each process.
+        description: For `--help`.
+
+    Returns:
+        The exit status.
+    """
+    parser = default_argument_parser(STATUS)
+    parser.description, parser.formatter_class = description, HelpFormatter
+    add_data_arguments(parser)
+    args = parser.parse_args()
+    try:
+        if not Path(args.config_file).is_file():
+            found = "found nothing there" if args.config_file else "got none"
+            raise ValueError(f"Expected `--config-file {args.config_file or 'FILE'}`, {found}")
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except (OSError, ValueError) as error:
+        print(f"error: {line_of(error)}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+@contextmanager
+def errors_of_config(path: str) -> Iterator[None]:
+    """Let what a config or its changes are blamed for be a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:  # yacs asserts, hydra has its own, and a config may be a program
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise ValueError(f"{path}: {text}") from error
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

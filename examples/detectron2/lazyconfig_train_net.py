@@ -12,31 +12,32 @@ docs/detectron2.md tells the whole way.
 """
 
 import argparse
+import sys
 from typing import Any
 
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
     AMPTrainer,
     SimpleTrainer,
-    default_argument_parser,
     default_setup,
     default_writers,
     hooks,
-    launch,
 )
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2_checkpoints import Checkpointer
 from detectron2_setup import (
-    add_data_arguments,
     check_categories,
+    errors_of_config,
     register_datasets,
+    run,
     show_messages,
 )
 from torch import nn
 
 from balanced_group_softmax.adapters.detectron2 import freeze
+from balanced_group_softmax.cli_end import ended
 
 
 class ClipGradients(hooks.HookBase):
@@ -102,7 +103,8 @@ def on_first(make: Any) -> Any:
 
 def main(args: argparse.Namespace) -> Any:
     register_datasets(args.dataset)
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    with errors_of_config(args.config_file):
+        cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
     default_setup(cfg, args)
     show_messages(cfg.train.output_dir)
     if not args.eval_only:
@@ -113,15 +115,4 @@ def main(args: argparse.Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    parser = default_argument_parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_data_arguments(parser)
-    arguments = parser.parse_args()
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-    )
+    sys.exit(ended(lambda: run(main, __doc__)))

@@ -1,7 +1,8 @@
 r"""Train and evaluate a detector of detectron2 by a YAML config, softmax or Balanced Group Softmax.
 
     C=examples/detectron2/configs
-    python examples/detectron2/train_net.py --num-gpus 8 --config-file $C/mask_rcnn_r50_lvis_v1.yaml
+    python examples/detectron2/train_net.py --num-gpus 8 \
+        --config-file $C/mask_rcnn_r50_lvis_v1.yaml
     python examples/detectron2/train_net.py --num-gpus 8 \
         --config-file $C/mask_rcnn_r50_lvis_v1_bags.yaml
 
@@ -11,6 +12,7 @@ way.
 """
 
 import argparse
+import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,18 +20,20 @@ from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
+from detectron2.engine import DefaultTrainer, default_setup
 from detectron2_checkpoints import Checkpointer
 from detectron2_evaluation import LVISReport
 from detectron2_setup import (
-    add_data_arguments,
     check_categories,
+    errors_of_config,
     register_datasets,
+    run,
     show_messages,
 )
 from torch import nn
 
 from balanced_group_softmax.adapters.detectron2 import add_bags_config, freeze
+from balanced_group_softmax.cli_end import ended
 
 
 class Trainer(DefaultTrainer):
@@ -79,7 +83,8 @@ def make_config(path: str, overrides: Sequence[str] = ()) -> CfgNode:
 
 def main(args: argparse.Namespace) -> Any:
     register_datasets(args.dataset)
-    cfg = make_config(args.config_file, args.opts)
+    with errors_of_config(args.config_file):
+        cfg = make_config(args.config_file, args.opts)
     default_setup(cfg, args)
     show_messages(cfg.OUTPUT_DIR)
     if not args.eval_only:
@@ -93,15 +98,4 @@ def main(args: argparse.Namespace) -> Any:
 
 
 if __name__ == "__main__":
-    parser = default_argument_parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_data_arguments(parser)
-    arguments = parser.parse_args()
-    launch(
-        main,
-        arguments.num_gpus,
-        num_machines=arguments.num_machines,
-        machine_rank=arguments.machine_rank,
-        dist_url=arguments.dist_url,
-        args=(arguments,),
-    )
+    sys.exit(ended(lambda: run(main, __doc__)))

@@ -13,25 +13,64 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.logging.history_buffer import HistoryBuffer
 
+from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.legacy.torch_files import load_torch
+
 EXAMPLES = Path(__file__).resolve().parents[1]
+
+
+STATUS = """\
+exit status: 0 if done; 2 if a file, an option or the config is not what it should be, with a line
+on standard error; 130 after Ctrl-C.
+"""
+
+
+class Changes(DictAction):
+    """Changes of the config, KEY=VALUE; mmengine's own raises where there is no `=`."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        for value in values:
+            if "=" not in value:
+                parser.error(f"argument {option_string}: expected KEY=VALUE, got {value!r}")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with the options of both programs."""
     made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, epilog=STATUS, formatter_class=HelpFormatter
     )
-    made.add_argument("config", type=Path, help="config file of mmdet")
-    made.add_argument("--work-dir", help="logs and checkpoints (default: work_dirs/CONFIG)")
     made.add_argument(
-        "--launcher", choices=("none", "pytorch"), default="none", help="pytorch: under torchrun"
+        "config",
+        type=Path,
+        metavar="CONFIG",
+        help="config file of mmdet, such as those in examples/mmdet/configs/",
+    )
+    made.add_argument(
+        "--work-dir",
+        metavar="DIR",
+        help="folder of logs and checkpoints (default: `work_dir` of the config, or else "
+        "work_dirs/ and the config's name)",
+    )
+    made.add_argument(
+        "--launcher",
+        choices=("none", "pytorch"),
+        default="none",
+        help="pytorch where torchrun starts the program, none otherwise (default: none)",
     )
     made.add_argument(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=Changes,
         metavar="KEY=VALUE",
-        help="changes of the config, such as model.backbone.init_cfg=None",
+        help="changes of the config, such as model.backbone.init_cfg=None, which downloads no "
+        "weights",
     )
     made.add_argument(
         "--original-geometry",
@@ -47,11 +86,17 @@ def read_config(args: argparse.Namespace) -> Config:
 
     Raises:
         OSError: There is no such file.
-        ValueError: An option does not fit the config.
+        ValueError: It is no config of mmdet, or an option does not fit it.
     """
     if not args.config.is_file():
         raise FileNotFoundError(f"{args.config}: Expected a config file, found none")
-    config = Config.fromfile(args.config)
+    try:
+        config = Config.fromfile(args.config)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{args.config}: Expected a config of mmdet, got {error}") from None
+    if "model" not in config:
+        found = ", ".join(map(str, list(config)[:3])) or "nothing"
+        raise ValueError(f"{args.config}: Expected a config of mmdet with `model`, got {found}")
     if args.cfg_options is not None:
         config.merge_from_dict(args.cfg_options)
     if args.original_geometry:
@@ -67,6 +112,19 @@ def read_config(args: argparse.Namespace) -> Config:
         "work_dir", os.path.join("work_dirs", args.config.stem)
     )
     return config
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of a file, without its records of training.
+
+    Raises:
+        OSError: There is no such file.
+        ValueError: It is something else, or damaged.
+    """
+    content = load_torch(Path(path), skip_records=True)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: Expected a checkpoint, got {type(content).__name__}")
+    return content
 
 
 def processes(launcher: str) -> AbstractContextManager[None]:

@@ -1,7 +1,9 @@
-r"""Test with mmdet's own runner, and evaluate as all examples do.
+r"""Test a detector of mmdet 3 with mmdet's own runner, and evaluate it as all examples do.
 
-    python examples/mmdet/test.py CONFIG.py CHECKPOINT.pth --out x.pkl --eval bbox segm
-    torchrun --nproc-per-node 8 examples/mmdet/test.py CONFIG.py CHECKPOINT.pth --launcher pytorch
+    python examples/mmdet/test.py CONFIG.py epoch_12.pth \
+        --out x.pkl --eval bbox segm
+    torchrun --nproc-per-node 8 examples/mmdet/test.py CONFIG.py epoch_12.pth \
+        --launcher pytorch
 
 Prints the original's table, then AP of each count group (with --train-annotations), AP fixed and
 pooled AP; docs/evaluation.md says what each figure means. The groups of BAGS are those that the
@@ -20,11 +22,19 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import CheckpointLoader
-from runs import add_examples_to_path, parser, prepare_versions, processes, read_config
+from runs import (
+    add_examples_to_path,
+    parser,
+    prepare_versions,
+    processes,
+    read_checkpoint,
+    read_config,
+)
 
 from balanced_group_softmax import GroupLayout
 from balanced_group_softmax.adapters.mmdet import bags_losses, check_categories
+from balanced_group_softmax.cli_end import FAILED, ended, line_of
+from balanced_group_softmax.cli_outputs import check_output
 
 add_examples_to_path()
 
@@ -37,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = read_config(args)
         if not args.checkpoint.is_file():
             raise FileNotFoundError(f"{args.checkpoint}: Expected a checkpoint, found none")
+        for path in (args.out, args.metrics):
+            if path is not None:
+                check_output(path, [args.checkpoint])
         if args.out is not None:
             check_suffix(args.out)
         config.load_from = str(args.checkpoint)
@@ -53,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 out=str(args.out or Path(folder, "results.json")),
                 kinds=list(dict.fromkeys(args.eval)),
                 train_annotations=args.train_annotations,
-                figures=args.metrics,
+                figures=args.metrics and str(args.metrics),
             )
             import shared_evaluation  # noqa: F401  # registers it
 
@@ -62,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 check_labels(runner)
                 runner.test()
     except (ImportError, OSError, TypeError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        print(f"error: {line_of(error)}", file=sys.stderr)
+        return FAILED
     return 0
 
 
@@ -73,15 +86,12 @@ def take_groups(config: Config, checkpoint: Path) -> None:
     Raises:
         ValueError: The checkpoint cannot be read, or has no layout, or several.
     """
+    content = read_checkpoint(checkpoint)
     heads = config.model.roi_head.bbox_head
     losses = [head.loss_cls for head in (heads if isinstance(heads, list) else [heads])]
     losses = [loss for loss in losses if loss.type == "BAGSLoss"]
     if not losses:
         return
-    try:
-        content = CheckpointLoader.load_checkpoint(str(checkpoint), "cpu")
-    except Exception as error:  # a corrupt file may fail in any way
-        raise ValueError(f"{checkpoint}: Expected a checkpoint, got {error}") from None
     try:
         layout = GroupLayout.from_state_dict(content.get("state_dict", content))
     except ValueError as error:
@@ -109,13 +119,23 @@ def check_labels(runner: Any) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made = parser(__doc__)
     add = made.add_argument
-    add("checkpoint", type=Path, help="of mmdet 3")
-    add("--out", type=Path, metavar="RESULTS", help="keep the detections, .pkl or .json")
-    add("--eval", nargs="*", choices=("bbox", "segm"), default=["bbox"], help="default: bbox")
-    add("--metrics", metavar="JSON", help="write the figures here, in percent")
-    add("--train-annotations", metavar="JSON", help="training annotations, for count groups")
+    add("checkpoint", type=Path, metavar="CHECKPOINT", help="a .pth file of mmdet 3")
+    add("--out", type=Path, metavar="RESULTS", help="keep the detections here, .pkl or .json")
+    add(
+        "--eval",
+        nargs="*",
+        choices=("bbox", "segm"),
+        default=["bbox"],
+        help="what to judge: boxes, masks, both, or with --eval alone nothing (default: bbox)",
+    )
+    add("--metrics", type=Path, metavar="JSON", help="write the figures here, in percent")
+    add(
+        "--train-annotations",
+        metavar="JSON",
+        help="training annotations, for AP by count group (default: no count groups)",
+    )
     return made.parse_args(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -1,13 +1,15 @@
-r"""Train with mmdet's own runner.
+r"""Train a detector of mmdet 3, plain softmax or Balanced Group Softmax, with mmdet's own runner.
 
-    python examples/mmdet/train.py examples/mmdet/configs/bags/CONFIG.py
-    torchrun --nproc-per-node 8 examples/mmdet/train.py CONFIG.py --launcher pytorch
+    C=examples/mmdet/configs
+    python examples/mmdet/train.py $C/bags/CONFIG.py
+    torchrun --nproc-per-node 8 examples/mmdet/train.py $C/bags/CONFIG.py \
+        --launcher pytorch
 
 BAGS starts from a trained detector: `load_from` in the config, or `--load-from`. On the data set
 that the examples draw, without any download:
 
-    python examples/mmdet/train.py examples/mmdet/configs/demo/faster-rcnn_demo.py
-    python examples/mmdet/train.py examples/mmdet/configs/demo/bags_faster-rcnn_demo.py
+    python examples/mmdet/train.py $C/demo/faster-rcnn_demo.py
+    python examples/mmdet/train.py $C/demo/bags_faster-rcnn_demo.py
 """
 
 import argparse
@@ -16,7 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.runner import Runner, find_latest_checkpoint
-from runs import add_examples_to_path, parser, prepare_versions, processes, read_config
+from runs import (
+    add_examples_to_path,
+    parser,
+    prepare_versions,
+    processes,
+    read_checkpoint,
+    read_config,
+)
+
+from balanced_group_softmax.cli_end import FAILED, ended, line_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = read_config(args)
         if args.load_from is not None:
+            read_checkpoint(args.load_from)  # else mmengine would look at it after the data
             config.load_from = str(args.load_from)
         last = find_latest_checkpoint(config.work_dir) if args.resume else None
         if last is not None:  # or mmengine would go on from `load_from`, as if it were of this run
@@ -38,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with processes(args.launcher):
             Runner.from_cfg(config).train()
     except (OSError, TypeError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        print(f"error: {line_of(error)}", file=sys.stderr)
+        return FAILED
     return 0
 
 
@@ -56,12 +68,23 @@ def draw_demo_data(folder: Path) -> None:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     made = parser(__doc__)
     add = made.add_argument
-    add("--load-from", type=Path, metavar="FILE", help="checkpoint to start from")
+    add(
+        "--load-from",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint to start from, of a trained softmax detector for BAGS (default: "
+        "`load_from` of the config)",
+    )
     add("--resume", action="store_true", help="go on from the last checkpoint of the work dir")
-    add("--amp", action="store_true", help="mixed precision")
-    add("--seed", type=int, help="of weights, data and samplers (default: a random one)")
+    add("--amp", action="store_true", help="train in mixed precision")
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="seed of weights, data and samplers (default: a random one)",
+    )
     return made.parse_args(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

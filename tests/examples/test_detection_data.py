@@ -808,9 +808,10 @@ def test_drawing_from_the_command_line(
     assert capsys.readouterr().out == f"Drew 3 images into {out}\n"
     assert len(LVISDetection(annotations(), out)) == 3
     monkeypatch.setattr(sys, "argv", ["render", str(tmp_path / "b.json"), "--out", str(out)])
-    with pytest.raises(SystemExit) as caught:
-        render_annotations.main()
-    assert caught.value.code == 2
+    assert render_annotations.main() == 2
     message = capsys.readouterr().err
     assert message.startswith(f"error: {tmp_path / 'b.json'}: Expected an annotation file")
     assert message.count("\n") == 1
+    file = tmp_path / "a.json"
+    assert render_annotations.main([str(file), "--out", str(file)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {file}: expected a folder to write in")

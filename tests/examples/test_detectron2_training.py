@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,35 @@ def run(script: str, *arguments: str, cwd: Path) -> str:
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("script", ["train_net.py", "lazyconfig_train_net.py"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Expected `--config-file FILE`, got none"),
+        (["--config-file", "none.yaml"], "Expected `--config-file none.yaml`, found nothing there"),
+        (["--config-file", "other.yaml", "NOBODY", "3"], "other.yaml: "),
+    ],
+    ids=["none", "missing", "other"],
+)
+def test_bad_arguments_end_with_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    script: str,
+    arguments: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "other.yaml").write_text("categories: []\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(FOLDER / script), run_name="__main__")
+    assert left.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {message}")
+    assert [path.name for path in tmp_path.iterdir()] == ["other.yaml"]
 
 
 def data_arguments(few: Path) -> list[str]:

@@ -53,3 +53,13 @@ def test_the_tail_keeps_labels_and_drops_the_rest(tmp_path: Path, below: int) ->
         assert [image["id"] for image in tail["images"]] == [1, 3]
     else:
         assert tail == data
+
+
+def test_the_tail_does_not_take_the_place_of_the_annotations(tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_text('{"images": [], "annotations": [], "categories": [{"id": 1}]}')
+    command = [sys.executable, str(MMDET / "tail_annotations.py"), "train.json", "./train.json"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == "error: train.json: expected another file than the one that is read\n"
+    assert len(path.read_text()) == 60

@@ -165,8 +165,11 @@ def test_the_report_takes_detections_too(small, capsys):
     ("results", "message"),
     [
         ("missing.json", r"missing\.json: Expected a file of results, found nothing there"),
-        ("results.txt", r"Expected results to end in \.json or \.pkl"),
-        (".", r"Expected results to end in"),
+        (
+            "results.txt",
+            r"results\.txt: Expected a checkpoint \(\.pt, \.pth\) or",
+        ),
+        (".", r"Expected a checkpoint \(\.pt, \.pth\) or detections"),
     ],
 )
 def test_results_that_are_not_there(files, tmp_path, capsys, results, message):
@@ -220,9 +223,15 @@ def test_other_categories_in_training(files, tmp_path, lvis_data, capsys):
 
 @pytest.mark.parametrize("name", ["missing/metrics.json", "."])
 def test_an_output_that_cannot_be(files, tmp_path, capsys, name):
-    assert "Expected the name of a file" in fails(
-        [*files, "--metrics", str(tmp_path / name)], capsys
-    )
+    line = fails([*files, "--metrics", str(tmp_path / name)], capsys)
+    assert "got a folder" in line or "expected a folder to write in, found none" in line
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_no_input_is_replaced(files, capsys, place):
+    before = Path(files[place]).read_bytes()
+    assert "another file" in fails([*files, "--metrics", files[place]], capsys)
+    assert Path(files[place]).read_bytes() == before
 
 
 def test_annotations_that_are_not_there(files, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The training example from end to end: what it writes, on drawn and on real annotations."""
 
+import io
 import json
 import os
 import shutil
@@ -120,7 +121,7 @@ def test_a_checkpoint_is_evaluated_without_its_run(finished, tmp_path, name, suf
     ("arguments", "message"),
     [
         (["x.pt", "--images", "."], "Expected `--annotations` and `--images` together"),
-        (["x.pt"], "No such file"),
+        (["x.pt"], "found nothing there"),
         (["x.json"], "Expected `--annotations` with the detections x.json"),
         (["x.pt", "--out", "a.txt"], "results to end in .json or .pkl"),
         (["x.json", "--annotations", "a", "--images", "."], "Expected `--images` with a checkp"),
@@ -620,6 +621,27 @@ def test_summary_of_a_run_that_lacks_metrics(finished, tmp_path, capsys, change,
     assert printed.startswith(f"error: {path}: ")
     assert message in printed
     assert printed.count("\n") == 1
+
+
+def test_labels_of_detections_stay_in_the_picture():
+    target = {"boxes": torch.tensor([[80.0, 10, 99, 30]]), "labels": torch.tensor([1])}
+    found = {**target, "scores": torch.tensor([0.9])}
+    items = [(torch.zeros(3, 100, 100), target)]
+    figure = figures.plot_detections(items, {"bags": [found]}, ["a name of some length"], [True])
+    figure.savefig(io.BytesIO())  # which puts everything in its place
+    for axes in figure.axes:
+        (text,) = axes.texts
+        assert text.get_window_extent().x1 < axes.get_window_extent().x1 + 5
+
+
+@pytest.mark.parametrize("name", ["missing/a.png", "a.xyz", "."])
+def test_summary_with_a_picture_that_cannot_be(finished, tmp_path, capsys, name):
+    assert summarise_runs.main([str(finished), "--picture", str(tmp_path / name)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {tmp_path / name}: expected")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_summary_of_what_is_no_run(tmp_path, capsys):

@@ -103,7 +103,7 @@ def test_images_of_another_data_set_are_refused(
     ("checkpoint", "message"),
     [
         ("softmax.pth", "softmax.pth: Expected a state dict with the layout of a BAGSHead"),
-        ("cut.pth", "cut.pth: Expected a checkpoint, got"),
+        ("cut.pth", "cut.pth: expected tensors and plain values saved by torch, got"),
     ],
 )
 def test_checkpoints_that_do_not_fit_are_refused(

@@ -16,7 +16,9 @@ from mmdet_cases import CONFIGS, EXAMPLES
 
 from balanced_group_softmax import GroupLayout
 
-sys.path.insert(0, str(EXAMPLES))
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "mmdet")]
+import runs  # noqa: E402
+
 DEMO = CONFIGS / "demo"
 SOFTMAX_STEPS, BAGS_STEPS = 200, 120
 VAL_INSTANCES = 10  # of each category
@@ -157,13 +159,43 @@ def test_a_stopped_training_goes_on(trained: tuple[Path, str, str]) -> None:
             [DEMO / "faster-rcnn_demo.py", "none.pth"],
             "Expected a checkpoint, found none",
         ),
+        (
+            "train.py",
+            [DEMO / "faster-rcnn_demo.py", "--load-from", "picture.pth"],
+            "expected a file of torch.save, got one that starts",
+        ),
+        ("test.py", [DEMO / "faster-rcnn_demo.py", "picture.pth"], "expected a file of torch.save"),
+        (
+            "test.py",
+            [DEMO / "faster-rcnn_demo.py", "picture.pth", "--metrics", "picture.pth"],
+            "expected another file than the one that is read",
+        ),
     ],
 )
 def test_bad_arguments_end_with_one_line(
     tmp_path: Path, program: str, arguments: list[object], message: str
 ) -> None:
+    (tmp_path / "picture.pth").write_bytes(b"\xff\xd8\xff\xe0")
+    files = sorted(tmp_path.iterdir())
     command = [sys.executable, str(EXAMPLES / "mmdet" / program), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2
     assert f"error: {arguments[-1]}: {message}" in result.stderr
     assert "Traceback" not in result.stderr
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_what_is_no_config_of_mmdet(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"categories": []}')
+    (tmp_path / "cut.json").write_text('{"model": ')
+    for name, message in (("other", "with `model`, got categories"), ("cut", "mmdet, got")):
+        args = runs.parser("").parse_args([str(tmp_path / f"{name}.json")])
+        with pytest.raises(ValueError, match=f"{name}.json: Expected a config of .*{message}"):
+            runs.read_config(args)
+
+
+def test_a_change_without_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        runs.parser("").parse_args(["a.py", "--cfg-options", "a=1", "load_from"])
+    assert left.value.code == 2
+    assert "argument --cfg-options: expected KEY=VALUE, got 'load_from'" in capsys.readouterr().err
