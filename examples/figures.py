@@ -20,7 +20,9 @@ LABELS = {
 }
 COLOURS = {"softmax": "#8d99ae", "softmax_continued": "#5b6b8c", "bags": "#e07a2f"}
 INK = "#2b2d42"
-LETTER = 0.016  # width of a letter of a label, as a part of a picture of detections
+PICTURE = 3.3
+"""Inches of an image with boxes."""
+LABEL_SIZE = 6.5
 TABLE = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR")
 
 
@@ -192,8 +194,10 @@ def plot_detections(
 
 def _draw_box(axes: Axes, box: list[float], text: str, rare: bool, right: bool = True) -> None:
     x1, y1, x2, y2 = box
-    bottom, right_edge = axes.get_ylim()[0], axes.get_xlim()[1]
-    from_right = x1 > right_edge / 2 and x1 + LETTER * len(text) * right_edge > right_edge
+    left, right_edge = axes.get_xlim()
+    bottom = axes.get_ylim()[0]
+    # A character is about 0.6 of the font's size wide, and a picture `PICTURE` inches.
+    width = len(text) * 0.6 * LABEL_SIZE / (72 * PICTURE) * (right_edge - left)
     colour = COLOURS["bags"] if rare else "#ffffff"
     axes.add_patch(
         Rectangle(
@@ -207,13 +211,12 @@ def _draw_box(axes: Axes, box: list[float], text: str, rare: bool, right: bool =
         )
     )
     axes.text(
-        min(x2, right_edge) if from_right else x1,
-        min(y2 + 0.5, bottom - 7) if right else max(y1 - 1.5, 7),  # inside the picture
+        max(min(x1, right_edge - width), left),  # inside the picture
+        min(y2 + 0.5, bottom - 7) if right else max(y1 - 1.5, 7),
         text,
         fontsize=LABEL_SIZE,
         color=INK,
         verticalalignment="top" if right else "bottom",
-        horizontalalignment="right" if from_right else "left",
         clip_on=True,
         bbox={"facecolor": colour, "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
     )

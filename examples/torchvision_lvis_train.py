@@ -35,7 +35,6 @@ import contextlib
 import importlib.util
 import platform
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import distributed
@@ -65,23 +64,6 @@ class Interrupted(Exception):
         super().__init__(signal.Signals(number).name)
         self.status = 128 + number
         """How a shell says that the signal ended a command."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-        """Of the signal."""
-
-
-class Asked:
-    """Whether and by which signal the process was asked to end."""
-
-    number: int | None = None
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Take note of a signal; who interrupts once more does not want to wait for a step."""
-        if number == self.number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = number
 
 
 def train(job: Job, resume: State | None = None) -> None:
@@ -323,7 +305,6 @@ def asked_to_end() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    signals = (signal.SIGTERM, signal.SIGINT)
 
     def note(number: int, frame: Any) -> None:
         asked.append(number)
@@ -332,9 +313,14 @@ def asked_to_end() -> Iterator[list[int]]:
             os.write(2, b"\nEnding after this step, with a checkpoint; Ctrl-C again: at once\n")
             signal.signal(number, before[number])
 
-    before: dict[int, Any] = {number: signal.signal(number, note) for number in signals}
+    before: dict[int, Any] = {
+        number: signal.signal(number, note)
+        for number in (signal.SIGTERM, signal.SIGINT)
+        # A shell's background job ignores Ctrl-C, which is meant for another.
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield asked
     finally:
-        for number in signals:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
