@@ -9,7 +9,7 @@ import torch
 from profiles import read_profile
 from records import ALL, brief
 
-from balanced_group_softmax.cli_end import line_of
+from balanced_group_softmax.cli_program import line_of
 
 
 def whole(text: str) -> int:

@@ -36,8 +36,7 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import batched_nms, clip_boxes_to_image, nms, remove_small_boxes
 
-from balanced_group_softmax.cli_end import ended
-from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_program import HelpFormatter, ended
 from balanced_group_softmax.detections import Detections, select_detections
 
 STATUS = """\

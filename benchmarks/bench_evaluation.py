@@ -37,8 +37,7 @@ from ground_truth import read_ground_truth
 from lvis_evaluation import METHODS, evaluate
 from results_files import open_writer, read_results
 
-from balanced_group_softmax.cli_end import ended
-from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_program import HelpFormatter, ended
 
 STATUS = """\
 exit status: 0 if done; 1 if figures of the methods differ by more than 1e-6; 2 if the usage is

@@ -33,7 +33,7 @@ from program import Run, common_parser, parse
 from records import ALL, ALL_ACTIVE_FOREGROUND, OURS, Case, Result, brief
 from timing import Call, Timing, interleave
 
-from balanced_group_softmax.cli_end import ended
+from balanced_group_softmax.cli_program import ended
 
 ROWS = (128, 512, 1024, 8192)
 FOREGROUND = ("0.05", "0.10", "0.25")

@@ -31,7 +31,7 @@ from timing import Call, interleave
 from torch import Tensor
 
 from balanced_group_softmax import grouped_softmax_scores
-from balanced_group_softmax.cli_end import ended
+from balanced_group_softmax.cli_program import ended
 from balanced_group_softmax.ops.dispatch import Impl
 
 ROWS = (300, 1000, 8192)

@@ -24,8 +24,7 @@ from peers import Peer, loss_peers
 from profiles import OTHERS_RATIO, PUBLISHED, Profile, draw_labels, named_profile, read_profile
 from timing import hold_memory
 
-from balanced_group_softmax.cli_end import ended
-from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_program import HelpFormatter, ended
 
 EXIT_STATUS = """\
 output: a JSON object, of each loss the peak over the bytes of the logits.

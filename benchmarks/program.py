@@ -15,7 +15,7 @@ from profiles import PUBLISHED, Profile, named_profile, read_profile
 from records import OURS, Case, Result, result_tables, write_json
 from timing import CLOCKS, hold_memory
 
-from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_program import HelpFormatter
 
 STATUS = """\
 exit status: 0 if done; 1 if alternatives disagree or the same seed gives other bits, or if this

@@ -31,8 +31,7 @@ from machine import environment, machine_name
 from page import Outcome, Part, goals_table, make_page, measurements
 from records import write_bytes, write_json
 
-from balanced_group_softmax.cli_end import ended
-from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_program import HelpFormatter, ended
 
 STATUS = """\
 exit status: 0 if done; 1 if a part or a test failed or the run was stopped by Ctrl-C (130 before

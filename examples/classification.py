@@ -30,8 +30,7 @@ from softmax_classifier import SoftmaxClassifier
 from torch import Tensor, nn
 
 from balanced_group_softmax import BAGSHead, GroupLayout
-from balanced_group_softmax.cli_end import ended
-from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_program import HelpFormatter, ended
 from balanced_group_softmax.discriminant import DiscriminantHead, FeatureStatistics
 
 SIDE = 28  # pixels

@@ -55,8 +55,7 @@ from run_folder import write_json, write_text
 from tqdm import tqdm
 from training_arguments import DEMO, check_arguments, options_for, parse_arguments
 
-from balanced_group_softmax.cli_end import FAILED, INTERRUPTED, ended, line_of
-from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_program import FAILED, INTERRUPTED, HelpFormatter, ended, line_of
 
 STATUS = """\
 exit status:

@@ -20,9 +20,8 @@ from annotation_fields import is_number
 from lvis_evaluation import Metrics
 
 from balanced_group_softmax import GroupLayout
-from balanced_group_softmax.cli_end import FAILED, ended, line_of
-from balanced_group_softmax.cli_help import HelpFormatter
 from balanced_group_softmax.cli_outputs import check_outputs
+from balanced_group_softmax.cli_program import FAILED, HelpFormatter, ended, line_of
 
 STATUS = """\
 exit status: 0 if done; 2 with a line on standard error if arguments, runs or the picture are not

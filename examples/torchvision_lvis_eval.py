@@ -32,9 +32,8 @@ from lvis_evaluation import METHODS
 from option_types import whole
 from results_files import SUFFIXES, check_suffix
 
-from balanced_group_softmax.cli_end import FAILED, ended, line_of
-from balanced_group_softmax.cli_help import HelpFormatter
 from balanced_group_softmax.cli_outputs import check_output
+from balanced_group_softmax.cli_program import FAILED, HelpFormatter, ended, line_of
 
 CHECKPOINTS = (".pt", ".pth")
 DIFFERENT = 1

@@ -75,7 +75,7 @@ from training_arguments import (
     starts_from_softmax,
 )
 
-from balanced_group_softmax.cli_end import FAILED, INTERRUPTED, ended, line_of
+from balanced_group_softmax.cli_program import FAILED, INTERRUPTED, ended, line_of
 
 EFFECTIVE = "recipe.toml"
 

@@ -13,7 +13,7 @@ from option_types import whole
 from recipe import ARCHITECTURE, add_options, given_options, read_options, recipes_of
 from stages import BAGS, CONTINUED, SOFTMAX
 
-from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_program import HelpFormatter
 
 DEMO = Path(__file__).parent / "configs" / "demo.toml"
 STAGES = {

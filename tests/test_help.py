@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from help_cases import FOLDERS, ROOT, check_help, faults_of_options, faults_of_text, programs
 
-from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_program import HelpFormatter
 
 pytest.importorskip("torchvision")
 pytest.importorskip("matplotlib")

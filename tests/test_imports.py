@@ -168,11 +168,10 @@ ALLOWED: dict[str, set[str]] = {
     "cli": CORE_MODULES
     | {"_arguments", "tables", "rebalance", "legacy"}
     | {"cli_figures", "cli_groups", "cli_inspect", "cli_tables"}
-    | {"cli_end", "cli_help", "cli_outputs", "cli_texts"},
+    | {"cli_program", "cli_outputs", "cli_texts"},
     "__main__": {"cli"},
     # How any program ends, and what its help looks like.
-    "cli_end": set(),
-    "cli_help": set(),
+    "cli_program": set(),
     # What the commands say and draw.
     "cli_tables": set(),
     "cli_texts": set(),

@@ -13,10 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from balanced_group_softmax import GroupLayout
-from balanced_group_softmax.cli_end import FAILED, ended, line_of
 from balanced_group_softmax.cli_figures import colours, save
-from balanced_group_softmax.cli_help import HelpFormatter
 from balanced_group_softmax.cli_outputs import check_outputs
+from balanced_group_softmax.cli_program import FAILED, HelpFormatter, ended, line_of
 
 OUT = Path(__file__).parents[1] / "images" / "layout.png"
 # How many categories of LVIS v1 have fewer than 10, 100, 1000 training instances, and more.

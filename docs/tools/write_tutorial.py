@@ -24,8 +24,7 @@ import jupytext
 from nbclient import NotebookClient
 from PIL import Image
 
-from balanced_group_softmax.cli_end import ended
-from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_program import HelpFormatter, ended
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "examples" / "tutorial.py"

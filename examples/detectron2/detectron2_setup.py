@@ -14,8 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from balanced_group_softmax.cli_end import FAILED, line_of
-from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_program import FAILED, HelpFormatter, line_of
 
 STATUS = """\
 exit status: 0 if done; 2 if a file, an option or the config is not what it should be, with a line

@@ -33,7 +33,7 @@ from detectron2_setup import (
 from torch import nn
 
 from balanced_group_softmax.adapters.detectron2 import add_bags_config, freeze
-from balanced_group_softmax.cli_end import ended
+from balanced_group_softmax.cli_program import ended
 
 
 class Trainer(DefaultTrainer):

@@ -13,7 +13,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.logging.history_buffer import HistoryBuffer
 
-from balanced_group_softmax.cli_help import HelpFormatter
+from balanced_group_softmax.cli_program import HelpFormatter
 from balanced_group_softmax.legacy.torch_files import load_torch
 
 EXAMPLES = Path(__file__).resolve().parents[1]

@@ -27,7 +27,7 @@ from runs import (
     read_config,
 )
 
-from balanced_group_softmax.cli_end import FAILED, ended, line_of
+from balanced_group_softmax.cli_program import FAILED, ended, line_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:

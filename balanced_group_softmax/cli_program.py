@@ -1,10 +1,16 @@
-"""How programs end: with a status, and with a line on standard error if something was wrong."""
+"""What programs have in common: help as wide as the terminal, and how they end.
 
+They end with a status, and with a line on standard error if something was wrong.
+"""
+
+import argparse
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Callable
 
-__all__ = ["BROKEN_PIPE", "FAILED", "INTERRUPTED", "ended", "line_of"]
+__all__ = ["BROKEN_PIPE", "FAILED", "INTERRUPTED", "HelpFormatter", "ended", "line_of"]
 
 FAILED = 2
 INTERRUPTED = 130
@@ -61,3 +67,47 @@ def _flush() -> None:
 def _print_nowhere() -> None:
     # Python flushes once more at its end, and would complain.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Wraps paragraphs and lists to the width of the terminal, and nothing that is indented.
+
+    So the description may be the docstring of a module, with examples of commands in it.
+    """
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        blocks = re.split(r"\n\s*\n", text.strip("\n"))
+        return "\n\n".join(
+            "\n".join(indent + line for part in _parts(block) for line in _wrapped(part, width))
+            for block in blocks
+        )
+
+
+def _parts(block: str) -> list[list[str]]:
+    """Return the lines of each paragraph, of each point of a list, and of what is indented."""
+    parts: list[list[str]] = []
+    for line in block.splitlines():
+        kind, last = _kind(line), _kind(parts[-1][0]) if parts else ""
+        goes_on = kind == "indented" if last == "point" else kind == last
+        if goes_on:
+            parts[-1].append(line)
+        else:
+            parts.append([line])
+    return parts
+
+
+def _kind(line: str) -> str:
+    return "point" if line.startswith("- ") else "indented" if line.startswith(" ") else "text"
+
+
+def _wrapped(lines: list[str], width: int) -> list[str]:
+    kind = _kind(lines[0])
+    if kind == "indented":
+        return lines
+    return textwrap.wrap(
+        " ".join(line.strip() for line in lines),
+        width,
+        subsequent_indent="  " if kind == "point" else "",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
