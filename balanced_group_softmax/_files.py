@@ -1,9 +1,12 @@
-"""Files that are written whole: under another name first, and moved when they are complete."""
+"""Files that are written: checked before the work that may take minutes, and written whole.
+
+Whole: under another name first, and moved when they are complete.
+"""
 
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,3 +43,35 @@ def written_whole(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename == str(partial):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def check_output(path: Path, inputs: Sequence[Path] = ()) -> None:
+    """Check that a file can be written, and is none of those that are read.
+
+    Raises:
+        OSError: its folder cannot be written in.
+        ValueError: it is a folder or a device, has no folder, or is an input.
+    """
+    check_replaceable(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: expected a folder to write in, found none at {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path}: expected a folder to write in, got one that is read-only")
+    if path.exists() and any(other.exists() and path.samefile(other) for other in inputs):
+        raise ValueError(f"{path}: expected another file than the one that is read")
+
+
+def check_folder(path: Path) -> None:
+    """Check that a folder can be made, if it is not there, and written in.
+
+    Raises:
+        OSError: it cannot be written in.
+        ValueError: it, or what it would be in, is no folder.
+    """
+    there = next(
+        parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists()
+    )
+    if not there.is_dir():
+        raise ValueError(f"{path}: expected a folder to write in, got a file {there}")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{path}: expected a folder to write in, got one that is read-only")

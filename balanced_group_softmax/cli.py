@@ -13,10 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from balanced_group_softmax import cli_figures, cli_groups, cli_inspect, cli_texts
+from balanced_group_softmax._files import check_folder, check_output
 from balanced_group_softmax._version import __version__
-from balanced_group_softmax.cli_outputs import check_folder, check_output, check_outputs
-from balanced_group_softmax.cli_program import FAILED, HelpFormatter, ended, line_of
-from balanced_group_softmax.cli_tables import count_range, one_line
+from balanced_group_softmax.cli_figures import check_outputs
+from balanced_group_softmax.cli_program import (
+    FAILED,
+    HelpFormatter,
+    count_range,
+    ended,
+    line_of,
+    one_line,
+)
 from balanced_group_softmax.counts import counted_categories
 from balanced_group_softmax.layout import GroupLayout
 from balanced_group_softmax.legacy.checkpoints import convert_checkpoint

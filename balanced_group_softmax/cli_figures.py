@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from balanced_group_softmax._files import written_whole
+from balanced_group_softmax._files import check_output, written_whole
 
 __all__ = ["CountGroup", "NormGroup", "check_picture", "draw_counts", "draw_norms", "save"]
 
@@ -43,6 +43,24 @@ class NormGroup(NamedTuple):
     label: str
     norms: np.ndarray
     others: float
+
+
+def check_outputs(inputs: Sequence[Path], out: Path | None, plot: Path | None) -> None:
+    """Check what `--out` and `--plot` name.
+
+    Raises:
+        ImportError: there is a picture to draw, and no matplotlib.
+        OSError: a folder cannot be written in.
+        ValueError: a file cannot be written, would take the place of an input or of the other
+            output, or the picture is of no format that matplotlib writes.
+    """
+    for path in (out, plot):
+        if path is not None:
+            check_output(path, inputs)
+    if plot is not None:
+        if out is not None and out.absolute() == plot.absolute():
+            raise ValueError(f"{plot}: expected different files for --out and --plot")
+        check_picture(plot)
 
 
 def check_picture(path: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
-from balanced_group_softmax.cli_tables import aligned, count_range, one_line
+from balanced_group_softmax.cli_program import aligned, count_range, one_line
 from balanced_group_softmax.counts import CountedCategory
 from balanced_group_softmax.layout import BACKGROUND_GROUP, GroupLayout
 

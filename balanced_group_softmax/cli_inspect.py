@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from balanced_group_softmax.cli_tables import aligned, count_range, one_line
+from balanced_group_softmax.cli_program import aligned, count_range, one_line
 from balanced_group_softmax.layout import BACKGROUND_GROUP, GroupLayout
 from balanced_group_softmax.layout_json import text_of_extra_state
 

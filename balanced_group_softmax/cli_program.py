@@ -1,4 +1,4 @@
-"""What programs have in common: help as wide as the terminal, and how they end.
+"""What programs have in common: tables, help as wide as the terminal, and how they end.
 
 They end with a status, and with a line on standard error if something was wrong.
 """
@@ -8,9 +8,19 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-__all__ = ["BROKEN_PIPE", "FAILED", "INTERRUPTED", "HelpFormatter", "ended", "line_of"]
+__all__ = [
+    "BROKEN_PIPE",
+    "FAILED",
+    "INTERRUPTED",
+    "HelpFormatter",
+    "aligned",
+    "count_range",
+    "ended",
+    "line_of",
+    "one_line",
+]
 
 FAILED = 2
 INTERRUPTED = 130
@@ -111,3 +121,38 @@ def _wrapped(lines: list[str], width: int) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
+    """Return rows as lines whose columns are aligned.
+
+    Args:
+        rows: the cells, as many in each row; the first row is the heading.
+        left: the columns of text; the others are numbers and stand to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if index in left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def count_range(name: str) -> str:
+    """Return a group's name as a range: "10_100" as "10 to 99"; other names as they are."""
+    found = re.fullmatch(r"(\d+)_(\d+|inf)", name)
+    if not found:
+        return one_line(name)
+    low, high = found.groups()
+    if high == "inf":
+        return "any number" if low == "0" else f"{low} and more"
+    last = int(high) - 1
+    return low if int(low) == last else f"{low} to {last}"
+
+
+def one_line(text: str, longest: int = 40) -> str:
+    """Return text of a foreign file as a terminal may show it: no control characters, not long."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."

@@ -20,7 +20,7 @@ from results_files import check_suffix, read_results
 from run_folder import write_json
 
 from balanced_group_softmax import GroupLayout, category_counts
-from balanced_group_softmax.cli_outputs import check_output
+from balanced_group_softmax._files import check_output
 from balanced_group_softmax.counts import Source, category_ids
 
 HEADER = (

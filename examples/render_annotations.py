@@ -27,7 +27,7 @@ from PIL import Image
 from run_folder import write
 from tqdm import tqdm
 
-from balanced_group_softmax.cli_outputs import check_folder
+from balanced_group_softmax._files import check_folder
 from balanced_group_softmax.cli_program import FAILED, HelpFormatter, ended, line_of
 from balanced_group_softmax.counts import Source, read_annotations
 

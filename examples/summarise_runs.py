@@ -20,7 +20,7 @@ from annotation_fields import is_number
 from lvis_evaluation import Metrics
 
 from balanced_group_softmax import GroupLayout
-from balanced_group_softmax.cli_outputs import check_outputs
+from balanced_group_softmax.cli_figures import check_outputs
 from balanced_group_softmax.cli_program import FAILED, HelpFormatter, ended, line_of
 
 STATUS = """\

@@ -32,7 +32,7 @@ from lvis_evaluation import METHODS
 from option_types import whole
 from results_files import SUFFIXES, check_suffix
 
-from balanced_group_softmax.cli_outputs import check_output
+from balanced_group_softmax._files import check_output
 from balanced_group_softmax.cli_program import FAILED, HelpFormatter, ended, line_of
 
 CHECKPOINTS = (".pt", ".pth")

@@ -20,8 +20,7 @@ from torch import nn
 
 from balanced_group_softmax import BAGSHead, GroupLayout, __version__, cli_figures
 from balanced_group_softmax.cli import main
-from balanced_group_softmax.cli_program import line_of
-from balanced_group_softmax.cli_tables import aligned, count_range, one_line
+from balanced_group_softmax.cli_program import aligned, count_range, line_of, one_line
 
 COUNTS = [3, 2500, 40, 0, 600]
 IDS = [2, 3, 5, 7, 11]

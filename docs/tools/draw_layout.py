@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from balanced_group_softmax import GroupLayout
-from balanced_group_softmax.cli_figures import colours, save
-from balanced_group_softmax.cli_outputs import check_outputs
+from balanced_group_softmax.cli_figures import check_outputs, colours, save
 from balanced_group_softmax.cli_program import FAILED, HelpFormatter, ended, line_of
 
 OUT = Path(__file__).parents[1] / "images" / "layout.png"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from balanced_group_softmax.cli_outputs import check_output
+from balanced_group_softmax._files import check_output
 from balanced_group_softmax.cli_program import FAILED, HelpFormatter, ended, line_of
 from balanced_group_softmax.counts import category_counts, category_ids, read_annotations
 

@@ -32,8 +32,8 @@ from runs import (
 )
 
 from balanced_group_softmax import GroupLayout
+from balanced_group_softmax._files import check_output
 from balanced_group_softmax.adapters.mmdet import bags_losses, check_categories
-from balanced_group_softmax.cli_outputs import check_output
 from balanced_group_softmax.cli_program import FAILED, ended, line_of
 
 add_examples_to_path()
