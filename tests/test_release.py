@@ -178,8 +178,12 @@ def test_the_page_on_pypi_has_no_link_that_leads_nowhere(page: str) -> None:
 
 def test_the_page_on_pypi_has_the_readme(page: str) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    start, end = "\n## Try it", "\n## In your own detector"  # which needs a clone
-    readme = readme[: readme.index(start)] + readme[readme.index(end) :]
+    for start, end in (  # what needs a clone
+        ("\n## Try it", "\n## In your own detector"),
+        ("Or take the script", "**detectron2.**"),
+    ):
+        assert start not in page
+        readme = readme[: readme.index(start)] + readme[readme.index(end) :]
     assert [fence for fence in FENCES.findall(readme) if fence not in page] == []
     assert re.findall(r"^## .*", readme, re.M) == [
         heading for heading in re.findall(r"^## .*", page, re.M) if heading != "## Install"

@@ -21,8 +21,11 @@ from balanced_group_softmax.adapters.mmdet.detections import (
     SelectDetections,
     SelectDetectionsShared2FCBBoxHead,
 )
-from balanced_group_softmax.adapters.mmdet.loss import MMDetBAGSLoss, bags_losses
-from balanced_group_softmax.adapters.mmdet.reweighting import ReweightedCrossEntropyLoss
+from balanced_group_softmax.adapters.mmdet.loss import (
+    MMDetBAGSLoss,
+    ReweightedCrossEntropyLoss,
+    bags_losses,
+)
 from balanced_group_softmax.adapters.mmdet.training import (
     FreezeHook,
     StartHook,
