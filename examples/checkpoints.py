@@ -100,7 +100,7 @@ class Checkpoint:
         content = read_state(path)
         if content.get("format") != FORMAT:
             raise ValueError(
-                f"{path}: Expected a checkpoint of this example, got a file with "
+                f"{path}: Expected a checkpoint of torchvision_lvis_train.py, got a file with "
                 f"{', '.join(map(str, list(content)[:3])) or 'nothing'}"
             )
         try:

@@ -9,6 +9,7 @@ from lvis_evaluation import Metrics
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from run_folder import write
 from torch import Tensor
 from torchvision.ops import box_iou, nms
@@ -20,7 +21,9 @@ LABELS = {
 }
 COLOURS = {"softmax": "#8d99ae", "softmax_continued": "#5b6b8c", "bags": "#e07a2f"}
 INK = "#2b2d42"
-LETTER = 0.016  # width of a letter of a label, as a part of a picture of detections
+PICTURE = 3.3
+"""Inches of an image with boxes."""
+LABEL_SIZE = 6.5
 TABLE = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR")
 
 
@@ -96,7 +99,10 @@ def plot_weight_norms(
     ranks = np.arange(1, len(order) + 1)
     instances = axes.twinx()
     shown = np.maximum(np.asarray(counts)[order], 0.5)  # a logarithm knows no 0
-    instances.fill_between(ranks, shown, 0.5, step="mid", color="#edf0f5", zorder=0)
+    edges = np.arange(len(order) + 1) + 0.5  # of the steps, each around its dots
+    instances.fill_between(
+        edges, np.append(shown, shown[-1:]), 0.5, step="post", color="#edf0f5", zorder=0
+    )
     instances.set_yscale("log")
     instances.set_ylim(bottom=0.5)
     instances.set_ylabel("training instances (area)")
@@ -121,6 +127,7 @@ def plot_weight_norms(
     axes.set_zorder(instances.get_zorder() + 1)
     axes.patch.set_visible(False)
     axes.set_xlim(0.5, len(order) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("categories, the most frequent first")
     axes.set_ylabel("L2 norm of the classifier's weights")
     axes.plot([], [], color=INK, linewidth=2.2, label="mean of a count group")
@@ -153,10 +160,11 @@ def plot_detections(
         rare: Whether each category is rare; their boxes are orange.
         score_threshold: Detections below it are not drawn.
     """
+    heights = [PICTURE * image.shape[1] / image.shape[2] for image, _ in items]
     figure = Figure(
-        figsize=(3.3 * (len(columns) + 1), 3.3 * len(items) + 0.5), layout="constrained"
+        figsize=(PICTURE * (len(columns) + 1), sum(heights) + 0.5), layout="constrained"
     )
-    grid = figure.subplots(len(items), len(columns) + 1, squeeze=False)
+    grid = figure.subplots(len(items), len(columns) + 1, squeeze=False, height_ratios=heights)
     for (image, target), row in zip(items, grid, strict=True):
         for axes in row:
             axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="bilinear")
@@ -192,8 +200,11 @@ def plot_detections(
 
 def _draw_box(axes: Axes, box: list[float], text: str, rare: bool, right: bool = True) -> None:
     x1, y1, x2, y2 = box
-    bottom, right_edge = axes.get_ylim()[0], axes.get_xlim()[1]
-    from_right = x1 > right_edge / 2 and x1 + LETTER * len(text) * right_edge > right_edge
+    left, right_edge = axes.get_xlim()
+    bottom = axes.get_ylim()[0]
+    # A character is about 0.6 of the font's size wide, and a picture `PICTURE` inches.
+    letter = LABEL_SIZE / (72 * PICTURE) * (right_edge - left)
+    width = len(text) * 0.6 * letter
     colour = COLOURS["bags"] if rare else "#ffffff"
     axes.add_patch(
         Rectangle(
@@ -207,13 +218,12 @@ def _draw_box(axes: Axes, box: list[float], text: str, rare: bool, right: bool =
         )
     )
     axes.text(
-        min(x2, right_edge) if from_right else x1,
-        min(y2 + 0.5, bottom - 7) if right else max(y1 - 1.5, 7),  # inside the picture
+        max(min(x1, right_edge - width), left),  # inside the picture
+        min(y2 + 0.5, bottom - 2 * letter) if right else max(y1 - 1.5, 2 * letter),
         text,
-        fontsize=6.5,
+        fontsize=LABEL_SIZE,
         color=INK,
         verticalalignment="top" if right else "bottom",
-        horizontalalignment="right" if from_right else "left",
         clip_on=True,
         bbox={"facecolor": colour, "edgecolor": "none", "alpha": 0.85, "pad": 0.8},
     )

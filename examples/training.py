@@ -305,7 +305,6 @@ def asked_to_end() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    signals = (signal.SIGTERM, signal.SIGINT)
 
     def note(number: int, frame: Any) -> None:
         asked.append(number)
@@ -314,9 +313,14 @@ def asked_to_end() -> Iterator[list[int]]:
             os.write(2, b"\nEnding after this step, with a checkpoint; Ctrl-C again: at once\n")
             signal.signal(number, before[number])
 
-    before: dict[int, Any] = {number: signal.signal(number, note) for number in signals}
+    before: dict[int, Any] = {
+        number: signal.signal(number, note)
+        for number in (signal.SIGTERM, signal.SIGINT)
+        # A shell's background job ignores Ctrl-C, which is meant for another.
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield asked
     finally:
-        for number in signals:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -57,13 +57,16 @@ def wait_for(process: Any, *paths: Path, seconds: float = 120) -> None:
         time.sleep(0.01)
 
 
-def test_asked_to_end_it_saves_and_ends(arguments: list[str], whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl-c"])
+def test_asked_to_end_it_saves_and_ends(
+    number: signal.Signals, arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     again = [*arguments, "--output", str(folder), "--save-every", "1000"]
     process = start(again)
     wait_for(process, folder / "recipe.toml")
     time.sleep(0.5)
-    status = kill(process, signal.SIGTERM)
+    status = kill(process, number)
     partial = folder / "softmax.training.pt"
     if status == 0:
         pytest.skip("it had ended before the signal came")
@@ -72,7 +75,7 @@ def test_asked_to_end_it_saves_and_ends(arguments: list[str], whole: Path, tmp_p
         assert training is not None
         assert 0 < training["step"] <= STEPS
     else:  # before training began there is nothing to save
-        assert status == -signal.SIGTERM
+        assert status == (130 if number == signal.SIGINT else -number)
     run([*again, "--resume"])
     assert_same_state(weights(folder), weights(whole))
 
