@@ -40,6 +40,7 @@ TEST_IMAGES = 25  # of each class
 WIDTH = 128  # features
 LEARNING_RATE, EPOCHS = 2.0, 20  # of both classifiers
 THRESHOLDS = (10, 100, 1000)
+STATUS = "exit status: 0 if done; 2 if the usage is wrong; 130 after Ctrl-C."
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,9 @@ def compare(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=STATUS, formatter_class=HelpFormatter
+    )
     parser.add_argument(
         "--seeds",
         type=whole(0),

@@ -65,6 +65,7 @@ def check_help(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a program with `--help`, and check what it and its commands say."""
     parser, printed = parser_of(program, monkeypatch)
     assert parser.description
+    assert "exit status" in printed
     assert " ".join(parser.description.split())[:60] in " ".join(printed.split())
     for command, one in commands(parser):
         faults = [*faults_of_text(one), *faults_of_options(one)]

@@ -16,6 +16,7 @@ from balanced_group_softmax import GroupLayout
 from balanced_group_softmax.cli_figures import check_outputs, colours, save
 from balanced_group_softmax.cli_program import FAILED, HelpFormatter, ended, line_of
 
+STATUS = "exit status: 0 if done; 2 if it cannot be drawn there; 130 after Ctrl-C."
 OUT = Path(__file__).parents[1] / "images" / "layout.png"
 # How many categories of LVIS v1 have fewer than 10, 100, 1000 training instances, and more.
 SIZES = {5: 200, 50: 412, 500: 334, 5000: 257}
@@ -33,7 +34,9 @@ TITLES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw and save the picture; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=STATUS, formatter_class=HelpFormatter
+    )
     parser.add_argument(
         "--out",
         type=Path,

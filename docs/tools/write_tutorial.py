@@ -26,6 +26,7 @@ from PIL import Image
 
 from balanced_group_softmax.cli_program import HelpFormatter, ended
 
+STATUS = "exit status: 0 if done; 2 if the usage is wrong; 130 after Ctrl-C."
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "examples" / "tutorial.py"
 PAGE = ROOT / "docs" / "tutorial.md"
@@ -38,7 +39,9 @@ MAX_BYTES = 80_000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the notebook and write the page and its pictures; return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=STATUS, formatter_class=HelpFormatter
+    )
     parser.parse_args(argv)
     notebook = read()
     execute(notebook)

@@ -190,7 +190,10 @@ def test_another_run_is_not_resumed(
     [
         (b"", "expected a file of torch.save, got an empty file"),
         (b"PK\x03\x04 cut off", "saved by torch, got a file that is truncated"),
-        ({"a": torch.zeros(1)}, "Expected a checkpoint of this example, got a file with a"),
+        (
+            {"a": torch.zeros(1)},
+            "Expected a checkpoint of torchvision_lvis_train.py, got a file with a",
+        ),
         ([1], "Expected a dict, got list"),
     ],
     ids=["empty", "cut", "state", "list"],
