@@ -26,7 +26,7 @@ from balanced_group_softmax import __version__
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "balanced_group_softmax"
-MAX_WHEEL_BYTES = 220_000
+MAX_WHEEL_BYTES = 200_000
 FENCES = re.compile(r"^```.*?^```", re.M | re.S)
 
 # Adapters need their framework. The rest is the core.
