@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import stand_ins
 import torch
-from document_blocks import ROOT
+from document_blocks import ROOT, Block, link_repository, run_chain
 from torch import nn
 
 from balanced_group_softmax import BAGSHead, GroupLayout
@@ -40,6 +40,14 @@ def setting(name: str | None) -> Callable[[Callable[[Path], Iterator[Names]]], S
         return SETTINGS[name]
 
     return register
+
+
+def run_in_its_setting(chain: list[Block], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a chain of blocks in an empty folder that its setting prepares."""
+    monkeypatch.chdir(folder)
+    link_repository(folder)
+    with SETTINGS[chain[0].text](folder) as names:
+        run_chain(chain, folder, names)
 
 
 # --- nothing but the library ---------------------------------------------------------------------

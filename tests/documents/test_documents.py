@@ -5,7 +5,7 @@ from typing import Any
 
 import document_blocks as documents
 import pytest
-from document_settings import SETTINGS
+from document_settings import SETTINGS, run_in_its_setting
 
 pytest.importorskip("torchvision")
 pytest.importorskip("lvis")
@@ -30,10 +30,7 @@ def test_every_block_says_what_it_is(block: documents.Block) -> None:
 def test_blocks_run(
     chain: list[documents.Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    documents.link_repository(tmp_path)
-    with SETTINGS[chain[0].text](tmp_path) as names:
-        documents.run_chain(chain, tmp_path, names)
+    run_in_its_setting(chain, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("block", documents.not_run(None), ids=lambda block: block.place)

@@ -11,17 +11,14 @@ pytest.importorskip(
 sys.path.insert(0, str(Path(__file__).parents[1] / "documents"))
 
 import document_blocks as documents
-from document_settings import SETTINGS
+from document_settings import run_in_its_setting
 
 
 @pytest.mark.parametrize("chain", documents.chains("detectron2"), ids=documents.place_of_chain)
 def test_blocks_run(
     chain: list[documents.Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    documents.link_repository(tmp_path)
-    with SETTINGS[chain[0].text](tmp_path) as names:
-        documents.run_chain(chain, tmp_path, names)
+    run_in_its_setting(chain, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("block", documents.not_run("detectron2"), ids=lambda block: block.place)
