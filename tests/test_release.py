@@ -181,6 +181,7 @@ def test_the_page_on_pypi_has_the_readme(page: str) -> None:
     for start, end in (  # what needs a clone
         ("\n## Try it", "\n## In your own detector"),
         ("Or take the script", "**detectron2.**"),
+        ("## Documentation", "## Source"),
     ):
         assert start not in page
         readme = readme[: readme.index(start)] + readme[readme.index(end) :]
