@@ -1,9 +1,11 @@
 """Runs that are asked to end or run out of disk: what they leave, and how they go on."""
 
+import contextlib
 import errno
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import checkpoints
 import torchvision_lvis_train as example
 from checkpoints import Checkpoint
 from pipeline_cases import assert_same_state, data_arguments, kill, run, start
-from training import Stepper
+from training import Stepper, asked_to_end
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -80,6 +82,24 @@ def test_asked_to_end_it_saves_and_ends(
     assert_same_state(weights(folder), weights(whole))
 
 
+@contextlib.contextmanager
+def handler_of_ctrl_c(handler: Any) -> Iterator[None]:
+    """In the background of a shell it is ignored, wherever the tests themselves run."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_where_ctrl_c_is_ignored_it_stays_so() -> None:
+    with handler_of_ctrl_c(signal.SIG_IGN), asked_to_end() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked == []
+        signal.raise_signal(signal.SIGTERM)
+        assert asked == [signal.SIGTERM]
+
+
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_saves_and_twice_it_ends_at_once(
     arguments: list[str],
@@ -96,11 +116,11 @@ def test_ctrl_c_saves_and_twice_it_ends_at_once(
         return take_step(self, step, batches)
 
     monkeypatch.setattr(Stepper, "__call__", interrupted)
-    before = signal.getsignal(signal.SIGINT)
     folder = tmp_path / "run"
     again = [*arguments, "--output", str(folder), "--save-every", "1000"]
-    assert example.main(again) == 128 + signal.SIGINT
-    assert signal.getsignal(signal.SIGINT) is before
+    with handler_of_ctrl_c(signal.default_int_handler):
+        assert example.main(again) == 128 + signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     said = capfd.readouterr().err
     assert "Traceback" not in said
     assert said.endswith(f"Asked to end; go on with --resume --output {folder}\n")
