@@ -3,8 +3,8 @@
 import mmap
 import tarfile
 import zipfile
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def load_torch(path: Path, *, skip_records: bool = False) -> Any:
         if is_zip:
             _check_archive(path)
         _check_names(path)
-        with _stand_ins() if skip_records else nullcontext():
+        with _admitted(_stand_ins() if skip_records else []):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, _Refused):
         raise
@@ -95,14 +95,24 @@ _RECORDS = (
 )
 
 
-def _stand_ins() -> AbstractContextManager[Any]:
+def _stand_ins() -> list[Any]:
     # torch finds what a name in the file stands for by the name and module of what is admitted.
-    admit = getattr(torch.serialization, "safe_globals", None)
-    if admit is None:
-        return nullcontext()
-    classes = [type(name, (_Skipped,), {"__module__": module}) for module, name in _RECORDS]
-    admitted: AbstractContextManager[Any] = admit(classes)
-    return admitted
+    if not hasattr(torch.serialization, "safe_globals"):
+        return []
+    return [type(name, (_Skipped,), {"__module__": module}) for module, name in _RECORDS]
+
+
+@contextmanager
+def _admitted(classes: list[Any]) -> Iterator[None]:
+    """Admit these alone: of two of one name, one the program's, torch would take either."""
+    theirs = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(classes)
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(theirs)
 
 
 class _Refused(ValueError):

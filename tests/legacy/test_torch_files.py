@@ -2,10 +2,13 @@
 
 import builtins
 import os
+import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -110,6 +113,56 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
 def test_lists_named_over_and_over_are_looked_at_once(tmp_path: Path) -> None:
     torch.save(over_and_over(), tmp_path / "laughs.pth")
     assert len(load_torch(tmp_path / "laughs.pth")) == 50
+
+
+class Admitted:
+    """A class that a program lets torch read."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        Admitted.made += 1
+
+    def __reduce__(self) -> Any:
+        return Admitted, ()
+
+
+@pytest.fixture
+def program() -> Iterator[set[Any]]:
+    """A program that lets torch read arrays, which stand-ins have the names of, and a class."""
+    before = torch.serialization.get_safe_globals()
+    multiarray = sys.modules.get("numpy._core.multiarray") or sys.modules["numpy.core.multiarray"]
+    dtypes = [np.dtype, type(np.dtype("f8"))]
+    admitted = [np.ndarray, multiarray._reconstruct, multiarray.scalar, *dtypes, Admitted]
+    torch.serialization.add_safe_globals(admitted)
+    yield {*before, *admitted}
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(before)
+
+
+def test_what_the_program_admits_is_neither_run_nor_forgotten(
+    tmp_path: Path, program: set[Any]
+) -> None:
+    path = tmp_path / "theirs.pth"
+    torch.save({"a": torch.ones(1), "x": Admitted()}, path)
+    made = Admitted.made
+    for skip_records in (False, True):
+        with pytest.raises(ValueError, match=r"theirs\.pth: expected tensors and plain values"):
+            load_torch(path, skip_records=skip_records)
+        assert Admitted.made == made
+        assert set(torch.serialization.get_safe_globals()) == program
+    assert isinstance(torch.load(path, weights_only=True)["x"], Admitted)
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="since torch 2.5")
+def test_records_are_passed_over_whatever_the_program_admits(
+    tmp_path: Path, program: set[Any]
+) -> None:
+    path = tmp_path / "epoch_1.pth"
+    torch.save({"a": torch.ones(1), "log": np.arange(3.0), "lr": np.float64(0.1)}, path)
+    for _ in range(50):  # which of two of one name torch took hung on where they lay in memory
+        assert not isinstance(load_torch(path, skip_records=True)["log"], np.ndarray)
+    assert set(torch.serialization.get_safe_globals()) == program
 
 
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "before zip"])
