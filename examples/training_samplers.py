@@ -41,7 +41,8 @@ class EpochBatches(Sampler[list[Item]]):
 
     With `sizes`, a batch holds either images that are at least as wide as high or images that are
     higher than wide, which keeps the padding of a batch small. Batches follow each other as they
-    become full along the list.
+    become full along the list. Where one kind is too few for a batch of its own and would never be
+    trained on, or the two have too few batches for all processes, they are mixed.
 
     Batch k goes to process `k % num_replicas`, so the images of a step are the same batches
     whichever process reads them, and of mixed shapes. All processes have the same number of
@@ -93,17 +94,24 @@ class EpochBatches(Sampler[list[Item]]):
             check_shape(width_height, (num_images, 2), "sizes")
             self._upright = width_height[:, 1] > width_height[:, 0]
         self.set_epoch(0)
-        self._check_enough()
+        fewest = self._fewest_batches()
+        if min(fewest) == 0 or sum(fewest) < self.num_replicas:
+            self._upright[:] = False
+            self.set_epoch(0)
+            self._check_enough()
+
+    def _fewest_batches(self) -> list[int]:
+        """How many batches an epoch has at least, of each kind of image that there is."""
+        images = np.bincount(self._upright, self._factors.floor().numpy())
+        return [int(number) // self.batch_size for number in images if number]
 
     def _check_enough(self) -> None:
         """Refuse what could leave a process without a batch in some epoch."""
-        fewest = np.bincount(self._upright, self._factors.floor().numpy(), minlength=2).astype(int)
-        if (fewest // self.batch_size).sum() < self.num_replicas:
+        if sum(self._fewest_batches()) < self.num_replicas:
             raise ValueError(
                 f"Expected images for at least {self.num_replicas} full batches of "
-                f"{self.batch_size}, one for each process, got {fewest[0]} images that are at "
-                f"least as wide as high or of unknown size, and {fewest[1]} higher ones; a smaller "
-                "batch size needs fewer"
+                f"{self.batch_size}, one for each process, got {int(self._factors.floor().sum())} "
+                "images; a smaller batch size needs fewer"
             )
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:

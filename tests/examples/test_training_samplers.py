@@ -82,6 +82,10 @@ def test_batches_equal_images_dealt_one_by_one(
 
     images = repeat_indices(factors, seed=seed, epoch=epoch).tolist()
     upright = [height > width for width, height in sizes]
+    high = sum(int(factor) for factor, up in zip(factors, upright, strict=True) if up)
+    wide = sum(map(int, factors)) - high
+    if 0 < high < batch_size or 0 < wide < batch_size:  # too few for a batch of their own
+        upright = [False] * number
     expected = list(dealt(images, upright, batch_size))
     steps = len(expected) // num_replicas
     assert [len(batches) for batches in found] == [steps] * num_replicas
@@ -108,6 +112,35 @@ def test_squares_go_with_wide_images_and_without_sizes_all_mix() -> None:
         for batch in batches_of(EpochBatches(4, 2), epoch)
     }
     assert len(mixed) == 6
+
+
+@pytest.mark.parametrize(
+    ("wide", "high", "num_replicas"),
+    [(9, 3, 1), (1, 8, 1), (3, 3, 1), (7, 7, 3), (8, 1, 2)],
+    ids=["few high", "few wide", "few of both", "enough together", "one high"],
+)
+def test_images_of_a_rare_shape_are_mixed_with_the_others(
+    wide: int, high: int, num_replicas: int
+) -> None:
+    sizes, number = [WIDE] * wide + [HIGH] * high, wide + high
+    options: dict[str, Any] = {"sizes": sizes, "seed": 5}
+    of_shapes = processes(num_replicas, number, 4, **options)
+    mixed = processes(num_replicas, number, 4, seed=5)
+    read: Counter[int] = Counter()
+    for epoch in range(200):
+        found = items(of_shapes, epoch)
+        assert found == items(mixed, epoch)
+        read.update(index for index, _ in found)
+    assert len(read) == number
+    assert min(read.values()) > 0.3 * max(read.values())
+
+
+def test_shapes_are_mixed_only_if_a_batch_cannot_be_sure() -> None:
+    sizes = [WIDE] * 8 + [HIGH] * 3
+    for factors, together in (([1.9] * 11, True), ([1.0] * 10 + [2.0], False)):
+        sampler = EpochBatches(11, 4, factors=factors, sizes=sizes)
+        shapes = [{sizes[i] for i, _ in b} for e in range(20) for b in batches_of(sampler, e)]
+        assert any(len(of_batch) == 2 for of_batch in shapes) == together
 
 
 def test_repeat_factors_show_in_the_counts() -> None:
@@ -388,10 +421,10 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "at least 1 full batches of 4, one for each process, got 3 images",
     ),
-    "too few of a kind": (
-        lambda: EpochBatches(6, 4, sizes=[WIDE, HIGH] * 3),
+    "too few of both kinds together": (
+        lambda: EpochBatches(6, 4, sizes=[WIDE, HIGH] * 3, num_replicas=2, rank=1),
         ValueError,
-        "got 3 images that are at least as wide as high or of unknown size, and 3 higher ones",
+        "at least 2 full batches of 4, one for each process, got 6 images",
     ),
     "too few for all processes": (
         lambda: EpochBatches(15, 4, num_replicas=4, rank=0),
