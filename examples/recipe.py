@@ -60,7 +60,11 @@ def option(
 
 @dataclass(frozen=True)
 class Recipe:
-    """The options of one stage. Defaults are those of the paper's Faster R-CNN, stage one."""
+    """The options of one stage.
+
+    Defaults are those of the paper's Faster R-CNN, stage one, but for the learning rate, which is
+    torchvision's, and the start, which is not from COCO.
+    """
 
     # The detector.
     detector: Literal["faster_rcnn", "mask_rcnn"] = option("faster_rcnn", "kind of detector")

@@ -3,6 +3,14 @@
 import os
 from pathlib import Path
 
+# Processes of `pytest -n` share the cores; torch looks at this when it is imported. Threads that
+# wait for each other on a busy core are many times slower than one alone.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(workers))))
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

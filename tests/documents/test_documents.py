@@ -51,7 +51,9 @@ def test_the_example_is_eight_lines_and_starts_in_the_first_ten() -> None:
 def test_the_two_commands_are_there() -> None:
     commands = [b for b in documents.BLOCKS if str(b.page) == "README.md" and b.language == "bash"]
     assert commands[0].code.rstrip().endswith("python examples/torchvision_lvis_train.py")
-    assert commands[1].code.rstrip().endswith("python -m pytest")
+    tests = commands[1].code.strip()
+    assert tests == 'python -m pip install -e ".[dev]" && python -m pytest -n auto --dist worksteal'
+    assert tests.replace("install", "install --quiet") in (documents.ROOT / ".ci/run").read_text()
 
 
 # --- that wrong blocks are noticed ---------------------------------------------------------------
