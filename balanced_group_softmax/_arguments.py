@@ -68,8 +68,14 @@ def as_int_array(values: Any, name: str) -> np.ndarray:
     if np.issubdtype(array.dtype, np.floating) and np.isnan(array).any():
         at = int(np.argmax(np.isnan(array)))
         raise ValueError(f"Expected `{name}` to be integers, got NaN at position {at}")
-    if array.dtype == object and all(type(value) is int for value in array):
-        largest = max(array, key=abs)
+    # NumPy makes floats or objects of integers that are too large for it.
+    listed = array if array.dtype == object else values
+    if (
+        array.dtype.kind in "fO"
+        and isinstance(listed, (list, tuple, np.ndarray))
+        and all(type(value) is int for value in listed)
+    ):
+        largest = max(listed, key=abs)
         raise ValueError(f"Expected `{name}` to fit 64-bit integers, got {shown(largest)}")
     mixed_bools = isinstance(values, (list, tuple)) and any(isinstance(v, bool) for v in values)
     if not np.issubdtype(array.dtype, np.integer) or mixed_bools:

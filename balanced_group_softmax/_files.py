@@ -6,6 +6,7 @@ Whole: under another name first, and moved when they are complete.
 import contextlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,17 +27,21 @@ def check_replaceable(path: Path) -> None:
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes the place of `path` when the block ends.
 
-    If the block fails, or is interrupted, nothing is left of it, and `path` is as it was.
+    A link stays, and what it leads to is replaced; permissions stay. If the block fails, or is
+    interrupted, nothing is left of it, and `path` is as it was.
 
     Raises:
         OSError: it cannot be written; `filename` is `path`.
         ValueError: as for `check_replaceable`.
     """
     check_replaceable(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    target = path.resolve()
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         yield partial
-        os.replace(partial, path)
+        if target.exists():
+            partial.chmod(stat.S_IMODE(target.stat().st_mode))
+        os.replace(partial, target)
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -53,9 +58,10 @@ def check_output(path: Path, inputs: Sequence[Path] = ()) -> None:
         ValueError: it is a folder or a device, has no folder, or is an input.
     """
     check_replaceable(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: expected a folder to write in, found none at {path.parent}")
-    if not os.access(path.parent, os.W_OK):
+    folder = path.resolve().parent if path.is_symlink() else path.parent
+    if not folder.is_dir():
+        raise ValueError(f"{path}: expected a folder to write in, found none at {folder}")
+    if not os.access(folder, os.W_OK):
         raise PermissionError(f"{path}: expected a folder to write in, got one that is read-only")
     if path.exists() and any(other.exists() and path.samefile(other) for other in inputs):
         raise ValueError(f"{path}: expected another file than the one that is read")

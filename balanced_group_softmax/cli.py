@@ -23,6 +23,8 @@ from balanced_group_softmax.cli_program import (
     ended,
     line_of,
     one_line,
+    printable,
+    say,
 )
 from balanced_group_softmax.counts import counted_categories
 from balanced_group_softmax.layout import GroupLayout
@@ -49,14 +51,14 @@ def _run(argv: Sequence[str] | None) -> int:
         except BrokenPipeError:
             raise
         except (ImportError, MemoryError, OSError, TypeError, ValueError) as error:
-            print(f"error: {line_of(error)}", file=sys.stderr)
+            say(f"error: {line_of(error)}")
             return FAILED
     return 0
 
 
 def _warn(text: str) -> None:
     """A warning as one line, as errors are."""
-    print(f"warning: {' '.join(text.split())}", file=sys.stderr)
+    say(f"warning: {printable(' '.join(text.split()))}")
 
 
 def _groups(args: argparse.Namespace) -> None:

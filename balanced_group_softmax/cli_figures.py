@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from balanced_group_softmax._files import check_output, written_whole
+from balanced_group_softmax.cli_program import one_line
 
 __all__ = ["CountGroup", "NormGroup", "check_picture", "draw_counts", "draw_norms", "save"]
 
@@ -58,7 +59,7 @@ def check_outputs(inputs: Sequence[Path], out: Path | None, plot: Path | None) -
         if path is not None:
             check_output(path, inputs)
     if plot is not None:
-        if out is not None and out.absolute() == plot.absolute():
+        if out is not None and out.resolve() == plot.resolve():
             raise ValueError(f"{plot}: expected different files for --out and --plot")
         check_picture(plot)
 
@@ -77,7 +78,8 @@ def check_picture(path: Path) -> None:
             f"Expected matplotlib to draw {path}, got {error}; `python -m pip install matplotlib` "
             "installs it, and without a picture it is not needed"
         ) from None
-    formats = Figure().canvas.get_supported_filetypes()
+    # raw and rgba are not pictures, and pgf needs LaTeX
+    formats = Figure().canvas.get_supported_filetypes().keys() - {"pgf", "raw", "rgba"}
     if path.suffix[1:].lower() not in formats:
         raise ValueError(
             f"{path}: expected a picture that ends in one of {', '.join(sorted(formats))}, got "
@@ -295,5 +297,4 @@ def _share(part: int, total: int) -> str:
 
 def _plain(text: str, longest: int = 28) -> str:
     """Text that is not read as mathematics, and not longer than there is room for."""
-    text = text if len(text) <= longest else f"{text[: longest - 3]}..."
-    return text.replace("$", r"\$")
+    return one_line(text, longest).replace("$", r"\$")

@@ -81,13 +81,13 @@ def find_heads(content: Any) -> list[FoundHead]:
     """Return every BAGS classifier of a checkpoint, in the checkpoint's order.
 
     Args:
-        content: what the file holds; state dicts are looked for in it at any place.
+        content: what the file holds; dicts are looked for in it by name, up to eight deep.
 
     Raises:
         ValueError: a layout is damaged, or its weights are not of its width.
     """
     found = []
-    for where, state in _dicts(content):
+    for where, state in _dicts(content, set()):
         for key, value in state.items():
             if key == _EXTRA_STATE or key.endswith(f".{_EXTRA_STATE}"):
                 prefix = key.removesuffix(_EXTRA_STATE)
@@ -106,7 +106,7 @@ def find_plain(content: Any) -> list[tuple[str, Tensor]]:
     """Return name and weights of what may be a softmax classifier, by the names of last layers."""
     return [
         (_path(where, key), value)
-        for where, state in _dicts(content)
+        for where, state in _dicts(content, set())
         for key, value in state.items()
         if isinstance(value, Tensor)
         and value.ndim == 2
@@ -173,14 +173,17 @@ def describe_plain(classifiers: list[tuple[str, Tensor]]) -> list[str]:
     return lines
 
 
-def _dicts(content: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each dict of a checkpoint that names its entries, with its place."""
-    if not isinstance(content, Mapping) or depth > _MAX_DEPTH:
+def _dicts(
+    content: Any, seen: set[int], where: str = "", depth: int = 0
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each dict of a checkpoint that names its entries, with its place, and each once."""
+    if not isinstance(content, Mapping) or depth > _MAX_DEPTH or id(content) in seen:
         return
+    seen.add(id(content))
     named = {key: value for key, value in content.items() if isinstance(key, str)}
     yield where, named
     for key, value in named.items():
-        yield from _dicts(value, f"{where}.{key}" if where else key, depth + 1)
+        yield from _dicts(value, seen, f"{where}.{key}" if where else key, depth + 1)
 
 
 def _head(where: str, state: dict[str, Any], prefix: str, layout: GroupLayout) -> FoundHead:

@@ -20,6 +20,8 @@ __all__ = [
     "ended",
     "line_of",
     "one_line",
+    "printable",
+    "say",
 ]
 
 FAILED = 2
@@ -41,22 +43,29 @@ def ended(main: Callable[[], int | None]) -> int:
         finally:
             _flush()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         _print_nowhere()
         return BROKEN_PIPE
     except _OutputLostError as error:
         _print_nowhere()
-        print(f"error: standard output: {error}", file=sys.stderr)
+        say(f"error: standard output: {error}")
         return FAILED
 
 
 def line_of(error: BaseException) -> str:
     """Return what an error says, in one line; of the system's errors file and reason alone."""
+    text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return printable(text) or type(error).__name__
+
+
+def say(line: str) -> None:
+    """Print a line on standard error, if there is one."""
+    if sys.stderr is not None:  # else print would take standard output
+        print(line, file=sys.stderr)
 
 
 class _OutputLostError(Exception):
@@ -152,7 +161,12 @@ def count_range(name: str) -> str:
     return low if int(low) == last else f"{low} to {last}"
 
 
+def printable(text: str) -> str:
+    """Return text with `?` for what a terminal or a font does not show."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def one_line(text: str, longest: int = 40) -> str:
     """Return text of a foreign file as a terminal may show it: no control characters, not long."""
-    text = "".join(letter if letter.isprintable() else "?" for letter in text)
+    text = printable(text)
     return text if len(text) <= longest else f"{text[: longest - 3]}..."

@@ -43,9 +43,9 @@ examples:
   balanced-group-softmax inspect bags.pth
   balanced-group-softmax inspect epoch_12.pth --plot norms.png
 
-Every BAGSHead is found, wherever it is: in a bare state dict, under `model` or `state_dict`, and in
-each stage of a cascade; checkpoints of torchvision, mmdet 3, detectron2 and the examples. Nothing
-in the file is run.
+Every BAGSHead is found in dicts by name, up to eight deep: in a bare state dict, under `model` or
+`state_dict`, in each stage of a cascade; checkpoints of torchvision, mmdet 3, detectron2 and the
+examples. Nothing in the file is run.
 
 output, for each head its place and a line for each group:
   columns     of the classifier: one for each category, and one for `others`

@@ -273,7 +273,9 @@ def _load(source: Source) -> tuple[Any, str]:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig")), str(path)
     except json.JSONDecodeError as error:
-        cut = error.msg.startswith("Unterminated") or error.pos >= len(error.doc.rstrip()) - 1
+        cut = error.msg.startswith("Unterminated") or (
+            error.pos >= len(error.doc.rstrip()) - 1 and not error.msg.startswith("Extra data")
+        )
         end = "; the file may be truncated" if cut else ""
         raise ValueError(
             f"{path}: Expected JSON, got {error.msg} at line {error.lineno} "

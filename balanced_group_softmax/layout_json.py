@@ -89,7 +89,11 @@ def read(text: Any) -> Fields:
 
 def text_of_extra_state(state: Any) -> str | None:
     """The JSON in a checkpoint's extra state, or None if it is not of a layout."""
-    if not isinstance(state, Tensor) or state.dtype != torch.uint8 or state.ndim != 1:
+    if not isinstance(state, Tensor) or state.ndim != 1:
+        return None
+    if state.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        state = state.to(torch.uint8)  # of a state dict cast as a whole; ASCII is exact in all
+    if state.dtype != torch.uint8:
         return None
     text = bytes(state.cpu().numpy()).decode("utf-8", errors="replace")
     return text if FORMAT_NAME in text[:200] else None

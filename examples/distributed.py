@@ -76,18 +76,16 @@ def local_device(name: str | None) -> torch.device:
         ValueError: The device cannot be used, or is named for several processes.
     """
     if name is None:
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-            if device.index is not None:
-                raise ValueError(
-                    f"Expected `--device` cuda with several processes, each of which takes a GPU "
-                    f"of its own, got {name}"
-                )
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        elif device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                f"Expected `--device` cuda with several processes, each of which takes a GPU of "
+                f"its own, got {name}"
+            )
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]

@@ -956,7 +956,7 @@ def test_how_a_part_ended() -> None:
 def test_a_child_is_stopped_when_its_time_is_over() -> None:
     said: list[str] = []
     code = "import time; print('begun', flush=True); time.sleep(100)"
-    ended = children.run_child([sys.executable, "-c", code], 1.0, said.extend)
+    ended = children.run_child([sys.executable, "-c", code], 5.0, said.extend)
     assert (said, ended.stopped) == (["begun\n"], True)
 
 

@@ -197,6 +197,12 @@ def test_outputs_are_checked_first(
     assert "got a folder" in fails(capsys, "groups", lvis, "--out", tmp_path)
     both = tmp_path / "a.png"
     assert "different files" in fails(capsys, "groups", lvis, "--out", both, "--plot", both)
+    (tmp_path / "sub").mkdir()
+    again = tmp_path / "sub" / ".." / "a.png"
+    assert "different files" in fails(capsys, "groups", lvis, "--out", both, "--plot", again)
+    nowhere = tmp_path / "nowhere.json"
+    nowhere.symlink_to(tmp_path / "gone" / "a.json")
+    assert "a folder to write in" in fails(capsys, "groups", lvis, "--out", nowhere)
     assert lvis.read_bytes() == before
 
 
@@ -250,6 +256,19 @@ def test_what_cannot_be_written_is_named(
     assert list(tmp_path.iterdir()) == [lvis]
 
 
+def test_a_link_stays_and_so_do_permissions(lvis: Path, tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    target, link = tmp_path / "shared" / "layout.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    for _ in range(2):  # not there yet, and there
+        assert main(["groups", str(lvis), "--out", str(link)]) == 0
+        assert link.is_symlink()
+        assert GroupLayout.load(target).num_categories == len(COUNTS)
+        target.chmod(0o640)
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert list(target.parent.iterdir()) == [target]
+
+
 def test_ctrl_c_leaves_nothing_half_written(
     lvis: Path,
     tmp_path: Path,
@@ -284,8 +303,23 @@ def test_names_from_files_are_shown_safely(
     assert "warning: Glyph" not in said.err
     assert picture.exists()
 
+    odd = tmp_path / os.fsdecode(b"not-\xff-utf-8.json")
+    path.rename(odd)
+    picture.unlink()
+    assert main(["groups", str(odd), "--plot", str(picture)]) == 0
+    assert picture.exists()
+    bad = saved(tmp_path, {"\x1b[31mred.fc._extra_state": extra_state("{}")})
+    assert "?[31mred" in fails(capsys, "inspect", bad)
+
 
 # --- inspect -------------------------------------------------------------------------------------
+
+
+def extra_state(text: str) -> torch.Tensor:
+    """What a head keeps under that name, but with another text."""
+    told = f'{{"format": "balanced_group_softmax.layout"}} {text}'
+    return torch.tensor(list(told.encode()), dtype=torch.uint8)
+
 
 LAYOUT = GroupLayout.from_counts(COUNTS, background="last", category_ids=IDS)
 
@@ -363,6 +397,27 @@ def test_heads_are_found_wherever_they_are(
         assert lines[4].split() == "0_10 0 to 9 2 3 4.5000 4.0000 5.0000 3.0000".split()
         assert lines[7].split()[-4:] == ["11.0000", "11.0000", "11.0000", "10.0000"]
         assert lines[8].strip() == "bg_fg: background 1.0000, foreground 2.0000"
+
+
+@pytest.mark.timeout(60)
+def test_dicts_that_hold_each_other_are_looked_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    web: dict[str, Any] = {"model": STATE}
+    for i in range(30):
+        web[str(i)] = web
+    assert main(["inspect", str(saved(tmp_path, web))]) == 0
+    assert capsys.readouterr().out.count("(in `model`)") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_state_dict_that_was_cast_keeps_its_layout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: torch.dtype
+) -> None:
+    path = saved(tmp_path, {name: value.to(dtype) for name, value in STATE.items()})
+    assert main(["inspect", str(path)]) == 0
+    assert "0_10" in capsys.readouterr().out
+    assert GroupLayout.from_state_dict(torch.load(path, weights_only=True)) == LAYOUT
 
 
 def test_a_head_without_background_and_an_empty_group(
@@ -610,6 +665,9 @@ def test_what_cannot_be_drawn_is_refused(
     said = fails(capsys, "groups", lvis, "--plot", picture, "--out", out)
     assert "ends in one of" in said
     assert "png" in said
+    for suffix in ("pgf", "rgba"):  # matplotlib writes them: with LaTeX, and without a size
+        assert suffix not in said
+        assert "ends in one of" in fails(capsys, "groups", lvis, "--plot", tmp_path / f"a.{suffix}")
     assert not picture.exists()
     assert not out.exists()
     many: dict[str, Any] = {}
@@ -718,6 +776,19 @@ def test_standard_output_is_closed(lvis: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "stdout", None)  # what Python makes of `>&-`
     assert main(["groups", str(lvis), "--out", str(out)]) == 0
     assert GroupLayout.load(out).num_categories == len(COUNTS)
+
+
+def test_standard_error_is_closed(
+    lvis: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lvis.write_text("[1, 2, 3]]")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", None)
+        assert main(["groups", str(lvis)]) == 2
+    assert capsys.readouterr().out == ""
+    said = fails(capsys, "groups", lvis)
+    assert "Extra data" in said
+    assert "truncated" not in said
 
 
 def test_errors_as_one_line() -> None:

@@ -532,10 +532,13 @@ def test_from_state_dict_without_a_layout_says_so() -> None:
     ("counts", "error", "said"),
     [
         ([10**30, 1], ValueError, "fit 64-bit integers, got 1000"),
+        ([1, 2**63], ValueError, "fit 64-bit integers, got 9223372036854775808"),
+        ([2**63, 2**63], ValueError, "fit 64-bit signed integers, got 9223372036854775808"),
+        ([1, 2.5], TypeError, "to be integers, got float64"),
         (torch.ones(2, dtype=torch.bfloat16), TypeError, "to be integers, got float64"),
         (torch.ones(2, dtype=torch.int64).to_sparse(), ValueError, "of layout torch.sparse_coo"),
     ],
-    ids=["beyond 64 bits", "bfloat16", "sparse"],
+    ids=["beyond 64 bits", "2**63", "2**63 alone", "float", "bfloat16", "sparse"],
 )
 def test_unusual_counts_are_refused(counts: Any, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):

@@ -271,6 +271,9 @@ def _layers(tensors: dict[str, Tensor], pattern: re.Pattern[str]) -> dict[str, i
                     f"Expected weight and bias of `{layer}` with as many rows, got {rows[layer]} "
                     f"and {len(tensor)}"
                 )
+    for layer in rows:
+        if f"{layer}.weight" not in tensors:
+            raise ValueError(f"Expected `{layer}.weight` with `{layer}.bias`, found none")
     return rows
 
 

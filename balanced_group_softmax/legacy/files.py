@@ -198,8 +198,9 @@ def _if_there(path: Path, read: Callable[[Path], Any]) -> Any:
 
 
 def _load_pickle(path: Path) -> Any:
-    if path.is_dir():
-        raise ValueError(f"{path}: expected a pickle, got a folder")
+    if not path.is_file():
+        kind = "folder" if path.is_dir() else "device or pipe"
+        raise ValueError(f"{path}: expected a pickle, got a {kind}")
     with path.open("rb") as file:
         try:
             return safe_pickle.load_plain(file)
@@ -277,9 +278,9 @@ def _images_of(row: Any, label: int, path: Path) -> CategoryImages:
         count, number = as_int_array([row[_COUNT_KEY], row["category_id"]], _COUNT_KEY).tolist()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: label {label}: {error}") from None
-    if len(ids) != len(positions) or count < len(ids) or number != label:
+    if len(ids) != len(positions) or count < 0 or number != label:
         raise ValueError(
-            f"{path}: expected of label {label} as many positions as image ids, at least as many "
+            f"{path}: expected of label {label} as many positions as image ids, no negative "
             f"instances, and its own number, got {len(positions)} positions, {len(ids)} ids, "
             f"{count} instances and number {number}"
         )

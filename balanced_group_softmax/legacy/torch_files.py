@@ -2,6 +2,7 @@
 
 import mmap
 import tarfile
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -102,17 +103,22 @@ def _stand_ins() -> list[Any]:
     return [type(name, (_Skipped,), {"__module__": module}) for module, name in _RECORDS]
 
 
+_LOCK = threading.Lock()
+"""What torch admits is the process's. Its own `torch.load` in another thread still sees ours."""
+
+
 @contextmanager
 def _admitted(classes: list[Any]) -> Iterator[None]:
     """Admit these alone: of two of one name, one the program's, torch would take either."""
-    theirs = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(classes)
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(theirs)
+    with _LOCK:
+        theirs = torch.serialization.get_safe_globals()
+        try:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(classes)
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(theirs)
 
 
 class _Refused(ValueError):

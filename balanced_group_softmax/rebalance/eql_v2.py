@@ -60,11 +60,8 @@ class EQLv2Classifier(LinearClassifier):
         alpha: how much more positives weigh, at least 0.
         objectness: whether scores are multiplied by one minus that of background.
         prior: probability at which fresh sigmoids begin, in (0, 1); the authors' 0.001.
-        background: the label convention, "first", "last" or None.
-        bias: whether the linear layer has a bias.
-        ignore_index: the label of rows that take part in nothing.
-        device: where the weights are made.
-        dtype: of the weights.
+
+    `background`, `bias`, `ignore_index`, `device` and `dtype` are those of `LinearClassifier`.
 
     Raises:
         TypeError: if an argument is of the wrong type.

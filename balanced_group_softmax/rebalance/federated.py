@@ -53,11 +53,8 @@ class FederatedClassifier(LinearClassifier):
         num_sampled: least number of categories in S, at least 1.
         power: of the counts.
         prior: probability at which fresh sigmoids begin, in (0, 1); CenterNet2's 0.01.
-        background: the label convention, "first", "last" or None.
-        bias: whether the linear layer has a bias.
-        ignore_index: the label of rows that take part in nothing.
-        device: where the weights are made.
-        dtype: of the weights.
+
+    `background`, `bias`, `ignore_index`, `device` and `dtype` are those of `LinearClassifier`.
 
     Raises:
         TypeError: if an argument is of the wrong type.

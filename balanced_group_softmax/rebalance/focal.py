@@ -61,11 +61,8 @@ class FocalClassifier(LinearClassifier):
         normalizer: "elements", "rows" or "foreground".
         class_weights: one for each label, multiplies all elements of a row, as for
             `SoftmaxClassifier`.
-        background: the label convention, "first", "last" or None.
-        bias: whether the linear layer has a bias.
-        ignore_index: the label of rows that take part in nothing.
-        device: where the weights are made.
-        dtype: of the weights.
+
+    `background`, `bias`, `ignore_index`, `device` and `dtype` are those of `LinearClassifier`.
 
     Raises:
         TypeError: if an argument is of the wrong type.

@@ -51,11 +51,8 @@ class LogitAdjustedClassifier(LinearClassifier):
         adjust: "training" or "test".
         background_count: rows of background for the instances in `counts`, above 0; None leaves
             background as it is.
-        background: the label convention, "first", "last" or None.
-        bias: whether the linear layer has a bias.
-        ignore_index: the label of rows that take part in nothing.
-        device: where the weights are made.
-        dtype: of the weights.
+
+    `background`, `bias`, `ignore_index`, `device` and `dtype` are those of `LinearClassifier`.
 
     Raises:
         TypeError: if an argument is of the wrong type.

@@ -51,11 +51,8 @@ class SeesawClassifier(LinearClassifier):
         q: exponent of the compensation factor C, at least 0.
         eps: least probability of a row's own category in the compensation factor, in (0, 1]; the
             paper has none, mmdet 0.01.
-        background: the label convention, "first", "last" or None.
-        bias: whether the linear layer has a bias.
-        ignore_index: the label of rows that take part in nothing.
-        device: where the weights are made.
-        dtype: of the weights.
+
+    `background`, `bias`, `ignore_index`, `device` and `dtype` are those of `LinearClassifier`.
 
     Raises:
         TypeError: if an argument is of the wrong type.

@@ -34,11 +34,8 @@ class SoftmaxClassifier(LinearClassifier):
         class_weights: one for each label, finite and at least 0, in the label convention: from
             `class_weights.inverse_frequency_weights` (re-weight) or
             `class_weights.class_balanced_weights` (re-weight-cls). None weights all alike.
-        background: the label convention, "first", "last" or None.
-        bias: whether the linear layer has a bias.
-        ignore_index: the label of rows that take part in nothing.
-        device: where the weights are made.
-        dtype: of the weights.
+
+    `background`, `bias`, `ignore_index`, `device` and `dtype` are those of `LinearClassifier`.
 
     Raises:
         TypeError: if an argument is of the wrong type.

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.runner import Runner
 
 from balanced_group_softmax.cli_program import HelpFormatter
 from balanced_group_softmax.legacy.torch_files import load_torch
@@ -138,6 +139,18 @@ def processes(launcher: str) -> AbstractContextManager[None]:
     from distributed import process_group
 
     return process_group(torch.device("cpu"))
+
+
+def build_runner(config: Config) -> Runner:
+    """Build what a config describes.
+
+    Raises:
+        ValueError: Something that it names is not there.
+    """
+    try:
+        return Runner.from_cfg(config)
+    except (AttributeError, KeyError) as error:
+        raise ValueError(f"Expected a config that mmdet can build, got {error}") from None
 
 
 def prepare_versions() -> None:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.runner import Runner
 from runs import (
     add_examples_to_path,
+    build_runner,
     parser,
     prepare_versions,
     processes,
@@ -37,24 +37,21 @@ from balanced_group_softmax.adapters.mmdet import bags_losses, check_categories
 from balanced_group_softmax.cli_program import FAILED, ended, line_of
 
 add_examples_to_path()
+from results_files import check_suffix  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
-        from results_files import check_suffix
-
         config = read_config(args)
         if not args.checkpoint.is_file():
             raise FileNotFoundError(f"{args.checkpoint}: Expected a checkpoint, found none")
-        for path in (args.out, args.metrics):
-            if path is not None:
-                check_output(path, [args.checkpoint])
-        if args.out is not None:
-            check_suffix(args.out)
-        config.load_from = str(args.checkpoint)
         dataset = config.test_dataloader.dataset
         annotations = Path(dataset.get("data_root", ""), dataset.ann_file)
+        check_outputs(args, annotations)
+        config.load_from = str(args.checkpoint)
+        if "roi_head" not in config.model:
+            raise ValueError(f"{args.config}: Expected a two-stage detector, got no `roi_head`")
         if not config.model.roi_head.get("mask_head") and "segm" in args.eval:
             raise ValueError(f"{args.config}: Expected a detector with masks for segm")
         prepare_versions()
@@ -71,13 +68,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             import shared_evaluation  # noqa: F401  # registers it
 
             with processes(args.launcher):
-                runner = Runner.from_cfg(config)
+                runner = build_runner(config)
                 check_labels(runner)
                 runner.test()
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"error: {line_of(error)}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def check_outputs(args: argparse.Namespace, annotations: Path) -> None:
+    """Check that what `--out` and `--metrics` name can be written, and is nothing that is read."""
+    inputs = [args.checkpoint, args.config, annotations]
+    if args.train_annotations is not None:
+        inputs.append(Path(args.train_annotations))
+    outputs = [path for path in (args.out, args.metrics) if path is not None]
+    for path in outputs:
+        check_output(path, inputs)
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise ValueError(f"{args.out}: Expected different files for --out and --metrics")
+    if args.out is not None:
+        check_suffix(args.out)
 
 
 def take_groups(config: Config, checkpoint: Path) -> None:

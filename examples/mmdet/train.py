@@ -17,9 +17,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import find_latest_checkpoint
 from runs import (
     add_examples_to_path,
+    build_runner,
     parser,
     prepare_versions,
     processes,
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             draw_demo_data(Path(config.data_root))
         prepare_versions()
         with processes(args.launcher):
-            Runner.from_cfg(config).train()
+            build_runner(config).train()
     except (OSError, TypeError, ValueError) as error:
         print(f"error: {line_of(error)}", file=sys.stderr)
         return FAILED
@@ -62,7 +63,11 @@ def draw_demo_data(folder: Path) -> None:
     add_examples_to_path()
     from lvis_demo_data import write_demo_data
 
-    write_demo_data(folder)
+    try:
+        write_demo_data(folder)  # which appears whole
+    except OSError:
+        if not folder.exists():  # else another process was sooner, with the same
+            raise
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

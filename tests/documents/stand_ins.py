@@ -180,7 +180,7 @@ def check_install(arguments: Sequence[str]) -> int:
         ours = re.fullmatch(r"\.\[(.*)\]", argument)
         if ours:
             extras = set(ours[1].split(","))
-        elif argument.startswith("-") or argument in {".", "detectron2"}:
+        elif argument.startswith("-") or argument in {".", "./detectron2"}:
             continue
         else:
             requirement = Requirement(argument)

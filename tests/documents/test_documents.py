@@ -53,7 +53,9 @@ def test_the_two_commands_are_there() -> None:
     assert commands[0].code.rstrip().endswith("python examples/torchvision_lvis_train.py")
     tests = commands[1].code.strip()
     assert tests == 'python -m pip install -e ".[dev]" && python -m pytest -n auto --dist worksteal'
-    assert tests.replace("install", "install --quiet") in (documents.ROOT / ".ci/run").read_text()
+    script = documents.ROOT / ".ci" / "run"  # not in the source distribution
+    if script.is_file():
+        assert tests.replace("install", "install --quiet") in script.read_text()
 
 
 # --- that wrong blocks are noticed ---------------------------------------------------------------

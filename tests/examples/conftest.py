@@ -1,8 +1,19 @@
-"""A small data set for the tests of the training pipeline."""
+"""A small data set for the tests of the training pipeline, and a device."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _on_the_cpu() -> Iterator[None]:
+    """Train on the CPU, where there is a GPU too: runs are compared bit by bit."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("CUDA_VISIBLE_DEVICES", "")
+        patched.setattr(torch.cuda, "is_available", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,12 @@ def test_every_stage_of_a_cascade_is_converted() -> None:
         (SOFTMAX | {"mask_head.conv_logits.bias": torch.zeros(5)}, {}, "weight and bias"),
         (SOFTMAX, {"num_categories": 8}, "one number of categories, got different ones"),
         (SOFTMAX, {"layout": large_layout(8)}, "one number of categories, got different ones"),
-        (SOFTMAX | {"bbox_head.1.fc_cls.bias": torch.zeros(9)}, {}, "as many rows in every stage"),
+        (
+            SOFTMAX | {"bbox_head.1.fc_cls.weight": torch.zeros(9, 4)},
+            {},
+            "as many rows in every stage",
+        ),
+        (SOFTMAX | {"bbox_head.1.fc_cls.bias": torch.zeros(8)}, {}, "1.fc_cls.weight` with"),
         (SOFTMAX | {"fancy_head.bias": torch.zeros(1)}, {}, "got 'fancy_head.bias'"),
         (
             BAGS,

@@ -337,6 +337,26 @@ def test_commands_write_and_import(tmp_path: Path, capsys: pytest.CaptureFixture
     assert error.count("\n") == 1
 
 
+def test_stated_counts_below_the_images_are_read_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = annotations(COUNTS)
+    for row, count in zip(data["categories"], COUNTS, strict=True):
+        row["instance_count"] = min(count, 1)
+    layout = write_original_files(data, tmp_path / "files")
+    assert read_original_files(tmp_path / "files").layout == layout
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+@pytest.mark.parametrize("name", FILES)
+def test_pipes_are_not_waited_for(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    error = FileNotFoundError if name == FILES[0] else ValueError
+    with pytest.raises(error, match=f"{name}, found none|{name}: .* got a device or pipe"):
+        read_original_files(folder)
+
+
 @pytest.mark.parametrize("side", [None, "99", [99]])
 def test_what_cannot_be_written_whole_is_not_begun(tmp_path: Path, side: Any) -> None:
     data = annotations(COUNTS)

@@ -5,6 +5,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,15 @@ def test_what_the_program_admits_is_neither_run_nor_forgotten(
         assert Admitted.made == made
         assert set(torch.serialization.get_safe_globals()) == program
     assert isinstance(torch.load(path, weights_only=True)["x"], Admitted)
+
+
+def test_threads_leave_what_the_program_admits(tmp_path: Path, program: set[Any]) -> None:
+    path = tmp_path / "epoch_1.pth"
+    torch.save({"a": torch.ones(1), "log": [0.1] * 1000}, path)
+    for _ in range(3):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: load_torch(path, skip_records=True), range(64)))
+        assert set(torch.serialization.get_safe_globals()) == program
 
 
 @pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"), reason="since torch 2.5")

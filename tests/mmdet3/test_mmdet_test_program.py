@@ -113,3 +113,47 @@ def test_checkpoints_that_do_not_fit_are_refused(
     assert result.returncode == 2, result.stderr[-2000:]
     assert "Traceback" not in result.stderr
     assert f"error: {message}" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--out", "data/demo/val.json"), "another file than the one that is read"),
+        (("--metrics", "softmax.pth"), "another file than the one that is read"),
+        (("--out", "x.json", "--metrics", "data/../x.json"), "different files for --out and"),
+        (("--cfg-options", "model.backbone.type=Nothing"), "that mmdet can build, got"),
+    ],
+    ids=["annotations", "checkpoint", "one file for both", "no such backbone"],
+)
+def test_outputs_and_configs_that_cannot_be_are_refused(
+    folder: Path, options: tuple[str, ...], message: str
+) -> None:
+    files = {path: path.read_bytes() for path in folder.rglob("*.json")}
+    result = run(folder, SOFTMAX, "softmax.pth", *options)
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert "Traceback" not in result.stderr
+    assert message in result.stderr.splitlines()[-1]
+    assert {path: path.read_bytes() for path in folder.rglob("*.json")} == files
+
+
+def test_a_detector_of_one_stage_is_refused(folder: Path) -> None:
+    config = folder / "one_stage.py"
+    config.write_text(f"_base_ = {str(SOFTMAX)!r}\nmodel = dict(_delete_=True, type='RetinaNet')\n")
+    result = run(folder, config, "softmax.pth")
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert "Expected a two-stage detector" in result.stderr.splitlines()[-1]
+
+
+def test_processes_that_draw_the_same_data_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "import train; train.draw_demo_data(Path('data'))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(EXAMPLES / "mmdet")]
+    both = [
+        subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [process.communicate(timeout=500)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert (tmp_path / "data" / "train.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]

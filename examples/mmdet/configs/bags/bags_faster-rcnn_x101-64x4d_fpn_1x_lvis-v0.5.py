@@ -6,9 +6,6 @@ The original has box AP 27.83.
 _base_ = "../baselines/faster-rcnn_x101-64x4d_fpn_1x_lvis-v0.5.py"
 
 bags_loss = dict(type="BAGSLoss", annotations=_base_.train_annotations)
-model = dict(
-    roi_head=dict(bbox_head=dict(loss_cls=dict(_delete_=True, **bags_loss))),
-    test_cfg=dict(rcnn=dict(score_thr=0.001)),
-)
+model = dict(roi_head=dict(bbox_head=dict(loss_cls=dict(_delete_=True, **bags_loss))))
 custom_hooks = [dict(type="BAGSFreezeHook", train="classifier")]
 load_from = "work_dirs/faster-rcnn_x101-64x4d_fpn_1x_lvis-v0.5/epoch_12.pth"

@@ -10,4 +10,5 @@ model = dict(
         base_width=4,
         init_cfg=dict(type="Pretrained", checkpoint="open-mmlab://resnext101_64x4d"),
     ),
+    test_cfg=dict(rcnn=dict(score_thr=0.001)),
 )
