@@ -6,6 +6,7 @@ whether the extras that it is asked for exist. With `PARSE_ONLY` in the environm
 further than its own reading of the command line.
 """
 
+import itertools
 import os
 import re
 import runpy
@@ -163,8 +164,10 @@ def other_python(arguments: Sequence[str], parse_only: bool) -> int:
     if arguments[:1] == ["-c"]:
         compile(arguments[1], "-c", "exec")
     elif arguments[:2] == ["-m", "pytest"]:
-        for path in arguments[2:]:
-            if not path.startswith("-") and not Path(path.split("::")[0]).exists():
+        for before, path in itertools.pairwise(arguments[1:]):
+            if path.startswith("-") or before in {"-n", "--dist", "-k"}:
+                continue
+            if not Path(path.split("::")[0]).exists():
                 raise ValueError(f"Expected tests, got {path}, which is not there")
     return 0
 
