@@ -3,14 +3,6 @@
 import os
 from pathlib import Path
 
-# Processes of `pytest -n` share the cores; torch looks at this when it is imported. Threads that
-# wait for each other on a busy core are many times slower than one alone.
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(workers))))
-
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -24,6 +16,21 @@ settings.load_profile("default")
 # is imported, which importing torch does not do.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """How many processes `-n auto` starts: one for each core, up to eight.
+
+    They share the threads as well. Threads that wait for each other on busy cores are many times
+    slower than one alone.
+    """
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    processes = min(cores, 8)
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores // processes))
+    return processes
 
 
 @pytest.fixture(scope="session")
