@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def output(folder: Path) -> str:
+def output(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """What the program prints, in an empty folder."""
     pytest.importorskip("torchvision")
     pytest.importorskip("lvis")
@@ -33,12 +33,16 @@ def output(folder: Path) -> str:
         "PYTHONPATH": path,
         "MPLBACKEND": "Agg",
         "OMP_NUM_THREADS": "1",
+        "MPLCONFIGDIR": str(tmp_path_factory.mktemp("matplotlib")),
     }
+    # Fonts are looked for once, of which matplotlib may say something.
+    fonts = [sys.executable, "-c", "import matplotlib.font_manager"]
+    subprocess.run(fonts, env=environment, check=True, capture_output=True)
     done = subprocess.run(
         [sys.executable, str(SOURCE)], cwd=folder, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert not re.search("Warning|Error|Traceback", done.stderr), done.stderr
+    assert not done.stderr
     return done.stdout
 
 
